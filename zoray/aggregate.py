@@ -1,0 +1,175 @@
+"""From the scalars of a step to its commit: mean, clip, quantise to one byte per direction.
+
+The only place where floating-point results of replicas are combined. It runs in one process, in float64 and in a fixed
+order, so the commit does not depend on who computed what, nor on when it arrived. The estimate
+`1/K sum_k g_k z_k` is SPSA's (Spall 1992) as MeZO uses it (Malladi et al. 2023, arXiv 2305.17333); the int8
+coefficients are Zoray's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from zoray.commits import COEFFICIENT_LIMIT, HASH_SIZE, Commit, float32, seal
+from zoray.errors import NumericsError, ZorayError
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """What one probe found.
+
+    Attributes:
+        step: number of the step.
+        direction: index of the direction in that step.
+        microbatch: index of the batch the direction was tried on.
+        projected_gradient: (L(theta + epsilon z) - L(theta - epsilon z)) / (2 epsilon).
+        loss: mean of the two losses.
+    """
+
+    step: int
+    direction: int
+    microbatch: int
+    projected_gradient: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """A commit and how it came about.
+
+    Attributes:
+        commit: what goes into the ledger.
+        nonfinite: directions left out, because a projected gradient or a loss of theirs was not finite.
+        clipped: directions whose projected gradient was beyond `max_projected_gradient`.
+        scale: projected gradient of a coefficient of 1; 0 if all coefficients are 0.
+        projected_gradients: mean over the microbatches of each direction, before clipping; nan for those left out.
+    """
+
+    commit: Commit
+    nonfinite: int
+    clipped: int
+    scale: float
+    projected_gradients: tuple[float, ...]
+
+
+def aggregate(
+    step: int,
+    results: Iterable[ProbeResult],
+    *,
+    directions: int,
+    microbatches: int,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    max_projected_gradient: float | None = None,
+    previous: bytes,
+) -> Aggregate:
+    """Decide the commit of `step` from the results of all its probes, given in any order.
+
+    A direction with anything not finite gets coefficient 0; if all do, the commit is null (`Commit.applied` is False).
+    The loss of the commit is the mean over the probes of the directions that count.
+
+    Args:
+        step: number of the step.
+        results: one for each (direction, microbatch).
+        directions: K, directions per step; the sum is divided by it, directions left out included.
+        microbatches: batches per direction.
+        learning_rate: the rate of this very step.
+        weight_decay: decoupled (Loshchilov and Hutter 2019): the weights are multiplied by 1 - learning_rate * this.
+        max_projected_gradient: bound on the size of a direction's mean projected gradient; None for no bound.
+        previous: hash the commit follows (32 bytes).
+
+    Raises:
+        ZorayError: a result is missing, given twice, or of another step.
+        NumericsError: the factor of the update or of the weights is too large for float32.
+    """
+    table = _table(step, results, directions, microbatches)
+    gradients: list[float] = []
+    losses: list[float] = []
+    for k in range(directions):
+        row = [table[k, m] for m in range(microbatches)]
+        gradient = _mean([result.projected_gradient for result in row])
+        finite = math.isfinite(gradient) and all(math.isfinite(result.loss) for result in row)
+        gradients.append(gradient if finite else math.nan)
+        losses.extend(result.loss for result in row if finite)
+    bound = math.inf if max_projected_gradient is None else max_projected_gradient
+    bounded = [0.0 if math.isnan(g) else max(-bound, min(bound, g)) for g in gradients]
+    coefficients, scale = _quantise(bounded)
+    eta = float32(learning_rate * scale / directions)
+    decay = float32(1.0 - learning_rate * weight_decay) if losses else 1.0
+    if not (math.isfinite(eta) and math.isfinite(decay)):
+        what = f"step {step} would scale its update by {eta} and the weights by {decay}"
+        raise NumericsError(what, where="learning_rate", advice="lower it, or set max_projected_gradient")
+    loss = float32(_mean(losses)) if losses else math.nan
+    return Aggregate(
+        commit=seal(step, eta, decay, loss, [(step, k, c) for k, c in enumerate(coefficients)], previous),
+        nonfinite=sum(map(math.isnan, gradients)),
+        clipped=sum(abs(g) > bound for g in gradients),
+        scale=scale,
+        projected_gradients=tuple(gradients),
+    )
+
+
+def commit(
+    step: int,
+    probes: Iterable[ProbeResult],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    max_projected_gradient: float | None = None,
+    previous: bytes = bytes(HASH_SIZE),
+) -> Commit:
+    """The commit of `step` for a plain script: directions and microbatches are those of the probes given.
+
+    Raises:
+        ZorayError: there is no probe, or they are not all of one grid (see `aggregate`).
+    """
+    results = list(probes)
+    if not results:
+        raise ZorayError(f"step {step} has no probes", advice="call replica.probe for at least one direction")
+    return aggregate(
+        step,
+        results,
+        directions=1 + max(result.direction for result in results),
+        microbatches=1 + max(result.microbatch for result in results),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_projected_gradient=max_projected_gradient,
+        previous=previous,
+    ).commit
+
+
+def _table(
+    step: int, results: Iterable[ProbeResult], directions: int, microbatches: int
+) -> dict[tuple[int, int], ProbeResult]:
+    """The results by (direction, microbatch), exactly one for each."""
+    table: dict[tuple[int, int], ProbeResult] = {}
+    for result in results:
+        address = result.direction, result.microbatch
+        wanted = result.step == step and 0 <= address[0] < directions and 0 <= address[1] < microbatches
+        if not wanted or address in table:
+            what = "is given twice" if wanted else f"is not a probe of step {step}, {directions} x {microbatches}"
+            raise ZorayError(f"the result of (step {result.step}, direction {address[0]}, batch {address[1]}) {what}")
+        table[address] = result
+    if len(table) < directions * microbatches or not table:
+        raise ZorayError(f"step {step} has {len(table)} results of {directions} x {microbatches} probes")
+    return table
+
+
+def _mean(values: list[float]) -> float:
+    # Not the built-in sum: from Python 3.12 on it compensates rounding, and a ledger must not depend on that.
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
+
+
+def _quantise(gradients: list[float]) -> tuple[list[int], float]:
+    """Int8 coefficients and the scale that turns them back: g is about scale * c, within half a scale."""
+    scale = max(map(abs, gradients)) / COEFFICIENT_LIMIT
+    # Below the normal numbers a quotient by the scale would have no correct digits, and could pass 127.
+    if scale < sys.float_info.min:
+        return [0] * len(gradients), 0.0
+    return [round(gradient / scale) for gradient in gradients], scale
