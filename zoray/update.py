@@ -1,0 +1,189 @@
+"""The exact update: theta <- decay * theta - eta * sum_k c_k z_k, bit for bit the same everywhere.
+
+S = sum_k c_k z_k is a product of small integers (`product`), delta = round32(eta * S), and
+W = round(round(decay * W) - delta): separately rounded IEEE operations, never a fused multiply-add. Half-precision
+weights are rounded stochastically (`rounding`). Every element depends on its own address alone, so any split into row
+blocks, flat shards or groups of commits gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zoray.commits import Commit
+from zoray.directions import Bytes, Directions, rank_scale, unpack_signs
+from zoray.layout import BLOCK_BYTES, ParamSpec
+from zoray.product import integer_product
+from zoray.rounding import rounding_key, stochastic_round
+
+BLOCK_ELEMENTS = 1 << 19
+"""Weights updated at a time: the block and its int32 sum stay in cache, also over a whole group of commits."""
+
+Signs = npt.NDArray[np.int8]
+
+_GROUP_TERMS = 1024
+_PACKED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A flat part of a parameter: elements start, start+1, ... in row-major order, as a contiguous 1-D tensor."""
+
+    spec: ParamSpec
+    values: torch.Tensor
+    start: int = 0
+
+
+def apply_commits(
+    directions: Directions, shards: Sequence[Shard], commits: Sequence[Commit], block_elements: int = BLOCK_ELEMENTS
+) -> None:
+    """Apply commits in order, in place: parameter by parameter, all commits of a group for one block at a time.
+
+    Args:
+        directions: the run's directions.
+        shards: the weights this process holds; float32, bfloat16 or float16.
+        commits: consecutive commits, the first being the one after the weights' step.
+        block_elements: weights per block; any value gives the same bits.
+    """
+    with torch.no_grad():
+        for group in _groups(commits, directions):
+            for shard in shards:
+                group.apply(shard, block_elements)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A rectangle [row, row+height) x [col, col+width) of a parameter; `values` is its (height, width) view."""
+
+    spec: ParamSpec
+    values: torch.Tensor
+    row: int
+    col: int
+
+
+def _blocks(shard: Shard, block_elements: int) -> Iterator[_Block]:
+    """Rectangles that tile a flat shard: a first partial row, blocks of whole rows, a last partial row."""
+    spec, position, stop = shard.spec, shard.start, shard.start + shard.values.numel()
+    while position < stop:
+        row, col = divmod(position, spec.cols)
+        if col == 0 and stop - position >= spec.cols and spec.cols <= block_elements:
+            height = min((stop - position) // spec.cols, max(1, block_elements // spec.cols))
+            width = spec.cols
+        else:
+            height, width = 1, min(spec.cols - col, stop - position, block_elements)
+        begin = position - shard.start
+        yield _Block(spec, shard.values[begin : begin + height * width].view(height, width), row, col)
+        position += height * width
+
+
+class _Group:
+    """Consecutive commits with the bits of their directions, ready to be applied to any block of any parameter."""
+
+    def __init__(self, directions: Directions, commits: Sequence[Commit]) -> None:
+        self.directions = directions
+        self.commits = [c for c in commits if c.eta != 0.0 or c.decay != 1.0]
+        terms = [[t for t in c.terms if t[2] != 0] for c in self.commits]
+        self.addresses = [(step, index) for term in terms for step, index, _ in term]
+        self.coefficients = np.array([c for term in terms for *_, c in term], dtype=np.int8)
+        borders = np.cumsum([0, *map(len, terms)])
+        self.ranges = [slice(int(a), int(b)) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        total = directions.layout.total_bytes
+        fits = len(self.addresses) * total <= _PACKED_BYTES and directions.layout.kind == "rank"
+        self._packed = directions.read(self.addresses, 0, total) if fits else None
+
+    def apply(self, shard: Shard, block_elements: int) -> None:
+        """Apply all commits of the group to a shard, block by block and in place."""
+        if not self.commits:
+            return
+        spec = shard.spec
+        right_start = spec.offset + spec.rank * spec.row_bytes
+        right = self._signs(right_start, spec.col_bytes, spec.rank, 0, spec.cols) if spec.rank else None
+        for block in _blocks(shard, block_elements):
+            if self.directions.layout.kind == "gaussian":
+                sums = (self._normal_sum(terms, block) for terms in self.ranges)
+            else:
+                sums = self._exact_sums(block, right)
+            for commit, total in zip(self.commits, sums, strict=True):
+                _step(block, commit, total, self.directions.run_seed)
+
+    def _bytes(self, start: int, stop: int) -> Bytes:
+        if self._packed is not None:
+            return self._packed[:, start:stop]
+        return self.directions.read(self.addresses, start, stop)
+
+    def _exact_sums(self, block: _Block, right: Signs | None) -> Iterator[torch.Tensor]:
+        """S of each commit for one block, from int8 factors (terms, rank, height) and (terms, rank, width)."""
+        spec, (height, width) = block.spec, block.values.shape
+        if right is None:
+            left = self.coefficients[:, None, None]
+            right = self._signs(spec.offset, spec.col_bytes, 1, block.col, width)
+        else:
+            left = self._signs(spec.offset, spec.row_bytes, spec.rank, block.row, height)
+            left = left * self.coefficients[:, None, None]
+            right = right[:, :, block.col : block.col + width]
+        factors = torch.from_numpy(left), torch.from_numpy(right)
+        for terms in self.ranges:
+            a, b = (factor[terms].flatten(0, 1).to(block.values.device) for factor in factors)
+            yield integer_product(a.t(), b) if len(a) else torch.zeros_like(block.values, dtype=torch.float32)
+
+    def _signs(self, start: int, piece_bytes: int, pieces: int, first: int, count: int) -> Signs:
+        """Signs first..first+count-1 of each of `pieces` adjacent pieces, int8 (terms, pieces, count)."""
+        align = 8 * BLOCK_BYTES
+        low = first // align * align
+        low_byte, high_byte = low // 8, min(piece_bytes, -(-(first + count) // align) * BLOCK_BYTES)
+        if pieces == 1:
+            packed = self._bytes(start + low_byte, start + high_byte)[:, None, :]
+        else:
+            whole = self._bytes(start, start + pieces * piece_bytes)
+            packed = whole.reshape(len(self.addresses), pieces, piece_bytes)[:, :, low_byte:high_byte]
+        return unpack_signs(packed, first - low + count)[:, :, first - low :]
+
+    def _normal_sum(self, terms: slice, block: _Block) -> torch.Tensor:
+        """sum_k c_k z_k of Gaussian directions, float32, added in the order of the terms (not exact)."""
+        total = torch.zeros_like(block.values, dtype=torch.float32)
+        for address, coefficient in zip(self.addresses[terms], self.coefficients[terms], strict=True):
+            z = self.directions.normals(address, block.spec)[block.col : block.col + total.numel()]
+            total.add_(torch.from_numpy(z * np.float32(coefficient)).view_as(total).to(total.device))
+        return total
+
+
+def _step(block: _Block, commit: Commit, total: torch.Tensor, run_seed: int) -> None:
+    values, spec = block.values, block.spec
+    eta = float(np.float32(commit.eta) * rank_scale(spec))
+    delta = torch.mul(total, eta) if total.dtype == torch.int32 else total.mul_(eta)
+    if values.dtype == torch.float32:
+        if commit.decay != 1.0:
+            values.mul_(commit.decay)
+        values.sub_(delta)
+        return
+    exact = values.float()
+    if commit.decay != 1.0:
+        exact.mul_(commit.decay)
+    key = rounding_key(run_seed, commit.step, spec.name)
+    values.copy_(stochastic_round(exact.sub_(delta), values.dtype, key, block.row * spec.cols + block.col))
+
+
+def _groups(commits: Sequence[Commit], directions: Directions) -> Iterator[_Group]:
+    """Groups of commits whose directions fit in memory together, in order."""
+    rank = max((spec.rank for spec in directions.layout.specs), default=1)
+    batch: list[Commit] = []
+    terms = 0
+    for commit in commits:
+        count = len(commit.terms) * max(rank, 1)
+        if batch and terms + count > _GROUP_TERMS:
+            yield _Group(directions, batch)
+            batch, terms = [], 0
+        batch.append(commit)
+        terms += count
+    if batch:
+        yield _Group(directions, batch)
+
+
+def whole(parameters: Mapping[str, torch.Tensor], directions: Directions) -> list[Shard]:
+    """One shard per parameter, viewing its storage; the parameters must be contiguous."""
+    return [Shard(spec, parameters[spec.name].detach().view(-1)) for spec in directions.layout.specs]
