@@ -1,0 +1,184 @@
+"""Losses, one number per row, added up in float64.
+
+A float32 mean loss near 10 has a resolution of 1e-6, which at epsilon = 1e-3 makes the projected gradient a multiple of
+5e-4; so tokens are evaluated in float32 and everything from there on is float64.
+
+The language-model head and its cross entropy over a large vocabulary are computed in slices of the vocabulary that stay
+in cache, where the model returns the head's output untouched (`proof` checks it); no tensor of (tokens x vocabulary)
+ever exists then.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from zoray.errors import DataError, ModelError
+from zoray.perturb.context import Active
+from zoray.perturb.engine import replaced_forward
+from zoray.perturb.linear import LinearLayer
+
+Batch = Mapping[str, torch.Tensor]
+IGNORED = -100
+_SLICE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses:
+    """Sum of the losses (float64) and number of targets (int64) of each row, shape (rows,)."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+    def mean(self, rows: slice = slice(None)) -> float:
+        """Mean over all targets of some rows; NaN where there is none."""
+        return float(self.sums[rows].sum() / self.counts[rows].sum())
+
+
+LossFunction = Callable[[nn.Module, Batch], RowLosses]
+"""A custom loss: it may call the model as it likes, and must keep one entry per row of the batch, in order."""
+
+
+class ModelLoss:
+    """The loss of a Hugging Face model with `labels` in the batch.
+
+    Token targets (labels (B, T)) and class targets (labels (B,)) are told apart by the shapes.
+
+    Args:
+        model: a model whose output is its logits, or has them as `.logits`.
+        chunked: compute the head in slices.
+        shifted: compare the logits at t with the label at t+1, as causal models do.
+    """
+
+    def __init__(self, model: nn.Module, chunked: bool = False, shifted: bool = False) -> None:
+        self.model, self.chunked, self.shifted = model, chunked, shifted
+
+    @cached_property
+    def accepted(self) -> frozenset[str]:
+        """Names of the arguments the model's forward takes."""
+        return frozenset(inspect.signature(_innermost(self.model).forward).parameters)
+
+    @cached_property
+    def head(self) -> LinearLayer | None:
+        """The output embedding, if it is a plain linear layer."""
+        getter = getattr(self.model, "get_output_embeddings", None)
+        head = getter() if getter is not None else None
+        if not isinstance(head, nn.Module) or type(head).forward is not nn.Linear.forward:
+            return None
+        return LinearLayer(head, False, None, None)
+
+    def __call__(self, batch: Batch, active: Active | None = None, layer: LinearLayer | None = None) -> RowLosses:
+        """Losses of each row.
+
+        Args:
+            batch: inputs of the model and `labels`.
+            active: the direction in force; the chunked head applies it itself.
+            layer: the head with the specs of its trainable parameters, as the engine has it.
+        """
+        labels = batch["labels"]
+        if not self.chunked or labels.dim() != 2 or self.head is None:
+            return self.from_logits(self.logits(batch), labels)
+        head = self.head if layer is None else layer
+        with replaced_forward(head.module, _identity):
+            hidden = self.logits(batch)
+        return self._chunked(hidden, labels, active, head)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """The model's logits: (rows, classes) or (rows, T, vocabulary)."""
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        if "use_cache" in self.accepted:
+            inputs["use_cache"] = False
+        if hasattr(self.model, "prepare_decoder_input_ids_from_labels") and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        output = self.model(**inputs)
+        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor):
+            raise ModelError(
+                f"{type(self.model).__name__} returns no logits.",
+                advice="use a model class with a head, or give zoray.Replica a `loss` of your own",
+            )
+        return logits
+
+    def from_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> RowLosses:
+        """Cross entropy of each row from logits, float32 per target."""
+        if labels.dim() == 1:
+            if logits.shape[-1] == 1:
+                losses = (logits.float().squeeze(-1) - labels.float()).square()
+            else:
+                losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+            return RowLosses(losses.double(), torch.ones_like(labels))
+        if self.shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        return _by_row(losses.view(labels.shape).double(), labels)
+
+    def _chunked(
+        self, hidden: torch.Tensor, labels: torch.Tensor, active: Active | None, head: LinearLayer
+    ) -> RowLosses:
+        if self.shifted:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        chosen = labels != IGNORED
+        flat, targets = hidden[chosen], labels[chosen]
+        losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        losses[chosen] = _sliced_cross_entropy(flat, targets, active, head)
+        return _by_row(losses, labels)
+
+
+def _sliced_cross_entropy(
+    flat: torch.Tensor, targets: torch.Tensor, active: Active | None, head: LinearLayer
+) -> torch.Tensor:
+    """Cross entropy (float64) of each of `flat`'s rows, from logits made a slice of the vocabulary at a time."""
+    weight, bias = head.module._parameters["weight"], head.module._parameters.get("bias")
+    assert weight is not None
+    coefficients = head.project(active, flat) if active is not None else None
+    width = max(256, _SLICE_ELEMENTS // max(len(flat), 1))
+    target = flat.new_zeros(len(flat), dtype=torch.float32)
+    parts = []
+    for start in range(0, len(weight), width):
+        outputs = slice(start, min(start + width, len(weight)))
+        if active is not None:
+            logits = head.product(active, flat, coefficients, outputs)
+        else:
+            logits = functional.linear(flat, weight[outputs], None if bias is None else bias[outputs])
+        exact = logits.float()
+        parts.append(exact.logsumexp(-1))
+        inside = (targets >= start) & (targets < outputs.stop)
+        local = (targets - start).clamp(0, outputs.stop - start - 1)
+        target = torch.where(inside, exact.gather(1, local[:, None]).squeeze(1), target)
+    return torch.stack(parts).double().logsumexp(0) - target.double()
+
+
+def _by_row(losses: torch.Tensor, labels: torch.Tensor) -> RowLosses:
+    return RowLosses(losses.sum(-1), (labels != IGNORED).sum(-1))
+
+
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    base = getattr(model, "get_base_model", None)
+    return base() if base is not None else model
+
+
+def doubled(batch: Batch, rows: int) -> dict[str, torch.Tensor]:
+    """The batch twice over, plus rows first; tensors without the leading batch dimension stay as they are.
+
+    Raises:
+        DataError: no tensor has `rows` rows.
+    """
+    if not any(v.dim() and v.shape[0] == rows for v in batch.values()):
+        raise DataError(f"No tensor of the batch has {rows} rows.", advice="put `labels` of shape (rows, ...) in it")
+    return {k: torch.cat([v, v]) if v.dim() and v.shape[0] == rows else v for k, v in batch.items()}
+
+
+def with_specs(head: LinearLayer, handler: object) -> LinearLayer:
+    """The head as the engine perturbs it, or unperturbed if the engine has no linear handler for it."""
+    return handler if isinstance(handler, LinearLayer) else replace(head, weight=None, bias=None)

@@ -1,0 +1,99 @@
+"""The direction that is in force during a perturbed forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import cached_property
+
+import torch
+
+from zoray.directions import Bytes, Directions, factors_from
+from zoray.layout import ParamSpec
+
+
+class Signs(Enum):
+    """Which half of the pair the rows of the current call belong to."""
+
+    BOTH = 0
+    """2B rows: the first half at theta + eps z, the second at theta - eps z."""
+    PLUS = 1
+    MINUS = -1
+
+
+class NotBatchable(Exception):
+    """A module was called with tensors whose rows cannot be told apart into the two signs."""
+
+
+class Active:
+    """One direction, scaled by epsilon, with its factors unpacked for one model.
+
+    Args:
+        directions: the run's directions.
+        step, index: the direction's address.
+        epsilon: half the distance between the two evaluations.
+        signs: what the rows of the model's input are.
+        rows: number of rows of the model's input (2B for `Signs.BOTH`).
+    """
+
+    def __init__(self, directions: Directions, step: int, index: int, epsilon: float, signs: Signs, rows: int) -> None:
+        self.directions, self.address = directions, (step, index)
+        self.epsilon, self.signs, self.rows = epsilon, signs, rows
+        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def _packed(self) -> Bytes:
+        return self.directions.read([self.address], 0, self.directions.layout.total_bytes)[0]
+
+    @property
+    def scale(self) -> float:
+        """+-epsilon; for both signs at once the caller negates the second half of the rows."""
+        return -self.epsilon if self.signs is Signs.MINUS else self.epsilon
+
+    def factors(self, spec: ParamSpec, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Signs (a, b) of a rank-r parameter, shapes (r, rows) and (r, cols), on the device and in the dtype of `like`."""
+        if spec.name not in self._factors:
+            left, right = factors_from(self._packed[spec.offset : spec.end], spec)
+            assert left is not None
+            self._factors[spec.name] = left.to(like), right.to(like)
+        return self._factors[spec.name]
+
+    def noise(self, spec: ParamSpec) -> torch.Tensor:
+        """z of one parameter, float32, in its own shape, without epsilon and sign."""
+        return self.directions.dense(self.address, spec)
+
+    def perturbed(self, parameter: torch.Tensor, spec: ParamSpec, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """theta +- eps z of one parameter as a new tensor; for one sign only."""
+        if self.signs is Signs.BOTH:
+            raise AssertionError("a perturbed copy has one sign")
+        z = self.noise(spec).to(parameter.device)
+        return z.mul_(self.scale).add_(parameter).to(dtype or parameter.dtype)
+
+    def vector(self, parameter: torch.Tensor | None, spec: ParamSpec | None) -> torch.Tensor | None:
+        """A perturbed vector in float32: shape (2, n) for both signs, (1, n) for one or if frozen, None if missing."""
+        if parameter is None:
+            return None
+        exact = parameter.detach().float()
+        if spec is None:
+            return exact.unsqueeze(0)
+        z = self.noise(spec).to(parameter.device).mul_(self.scale)
+        return torch.stack([exact + z, exact - z]) if self.signs is Signs.BOTH else (exact + z).unsqueeze(0)
+
+    @contextmanager
+    def only(self, signs: Signs) -> Iterator[None]:
+        """One sign for the time of the block: the rows of the current call all belong to it."""
+        before, self.signs = self.signs, signs
+        try:
+            yield
+        finally:
+            self.signs = before
+
+    def check_rows(self, tensor: torch.Tensor) -> None:
+        """Refuse a tensor whose leading dimension does not hold the plus rows and then the minus rows.
+
+        Raises:
+            NotBatchable: the leading dimension is not a multiple of the 2B rows of the input.
+        """
+        if self.signs is Signs.BOTH and (tensor.dim() < 2 or tensor.shape[0] % self.rows):
+            raise NotBatchable(f"a tensor of shape {tuple(tensor.shape)} for {self.rows} rows of both signs")

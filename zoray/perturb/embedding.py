@@ -1,0 +1,47 @@
+"""Embeddings: row W[token], corrected by +-eps a[token] b for the rank-1 direction z = a b^T of W."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from zoray.directions import rank_scale
+from zoray.layout import ParamSpec
+from zoray.perturb.context import Active, NotBatchable, Signs
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingLayer:
+    """An `nn.Embedding` whose weight is trained."""
+
+    module: nn.Module
+    weight: ParamSpec
+
+    def __call__(self, active: Active, tokens: torch.Tensor) -> torch.Tensor:
+        """Perturbed rows, shape (..., dim) for tokens of shape (...).
+
+        Position embeddings are often looked up once, with a batch of 1 or without one, and broadcast; with both signs
+        in one forward they get the 2B rows of the input.
+        """
+        if active.signs is Signs.BOTH:
+            tokens = self._with_rows(active, tokens)
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        rows = functional.embedding(tokens.reshape(-1), weight)
+        left, right = active.factors(self.weight, rows)
+        coefficients = left.t()[tokens.reshape(-1)].mul_(active.scale * float(rank_scale(self.weight)))
+        if active.signs is Signs.BOTH:
+            coefficients[len(rows) // 2 :].neg_()
+        return rows.addmm_(coefficients, right).view(*tokens.shape, weight.shape[1])
+
+    def _with_rows(self, active: Active, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.dim() == 1 and tokens.shape[0] != active.rows:
+            tokens = tokens.unsqueeze(0)
+        if tokens.dim() >= 2 and tokens.shape[0] == 1:
+            return tokens.expand(active.rows, *tokens.shape[1:])
+        if tokens.dim() == 0 or tokens.shape[0] % active.rows:
+            raise NotBatchable(f"embedding indices of shape {tuple(tokens.shape)} for {active.rows} rows")
+        return tokens

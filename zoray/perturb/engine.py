@@ -1,0 +1,106 @@
+"""Which module is perturbed how, and the switch that turns a direction on for the time of a forward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoray.layout import Layout, ParamSpec
+from zoray.perturb.context import Active
+from zoray.perturb.embedding import EmbeddingLayer
+from zoray.perturb.linear import LinearLayer
+from zoray.perturb.norm import NormLayer
+from zoray.perturb.swap import SwappedModule, swapped
+
+Handler = Callable[..., Any]
+
+
+class Engine:
+    """The perturbed forwards of one model.
+
+    Every module that owns a trainable parameter has one handler. A class that merely derives from `nn.Linear` or
+    `nn.Embedding` and redefines `forward` is not that class (OPT's learned positions take a mask, not indices): it is
+    swapped like any other module.
+
+    Args:
+        model: the model; never changed outside of `perturbed`.
+        layout: the layout of its trainable parameters.
+        strays: names of parameters that are used outside of the module that owns them (see `proof`): they are swapped
+            for the whole forward, which rules out both signs in one.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, strays: frozenset[str] = frozenset()) -> None:
+        self.model, self.layout, self.strays = model, layout, strays
+        self.dense = layout.kind != "rank"
+        self.specs = parameter_specs(model, layout)
+        self.handlers: dict[nn.Module, Handler] = {}
+        self._root: list[tuple[nn.Module, dict[str, ParamSpec]]] = []
+        for module in model.modules():
+            own = {n: self.specs[p] for n, p in module._parameters.items() if p is not None and p in self.specs}
+            astray = {n: spec for n, spec in own.items() if spec.name in strays}
+            if astray:
+                self._root.append((module, astray))
+            own = {n: spec for n, spec in own.items() if n not in astray}
+            if own:
+                self.handlers[module] = self.handler(module, own)
+
+    def handler(self, module: nn.Module, own: Mapping[str, ParamSpec]) -> Handler:
+        """The way to perturb one module, given the specs of its trainable parameters by local name."""
+        weight, bias = own.get("weight"), own.get("bias")
+        factored = weight is None or weight.rank > 0
+        if own.keys() <= {"weight", "bias"} and "forward" not in module.__dict__:
+            forward = type(module).forward
+            transposed = _is_conv1d(module)
+            if (
+                (forward is nn.Linear.forward or transposed)
+                and factored
+                and module._parameters.get("weight") is not None
+            ):
+                return LinearLayer(module, transposed, weight, bias)
+            if forward is nn.Embedding.forward and weight is not None and weight.rank and module.max_norm is None:
+                return EmbeddingLayer(module, weight)
+            if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+                return NormLayer(module, weight, bias)  # type: ignore[arg-type]
+        return SwappedModule(module, module.forward, own)
+
+    @contextmanager
+    def perturbed(self, active: Active) -> Iterator[None]:
+        """Install the handlers for one direction; every forward is put back when the block ends, however it ends."""
+        with ExitStack() as stack:
+            for module, specs in self._root:
+                stack.enter_context(swapped(active, module, specs))
+            for module, handler in self.handlers.items():
+                stack.enter_context(replaced_forward(module, partial(handler, active)))
+            yield
+
+
+def parameter_specs(model: nn.Module, layout: Layout) -> dict[torch.Tensor, ParamSpec]:
+    """Spec of each trainable parameter object; a tied parameter has one, whichever module uses it."""
+    named = dict(model.named_parameters())
+    return {named[spec.name]: spec for spec in layout.specs}
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Handler) -> Iterator[None]:
+    """Give a module another `forward` for the time of the block."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer with a transposed weight; it can only exist where transformers has been imported."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module).forward is library.Conv1D.forward

@@ -1,0 +1,98 @@
+"""Linear layers: y = x W^T + bias, corrected by +-eps (x . b) a^T for the rank-1 direction z = a b^T of W.
+
+Covers `nn.Linear` (weight (out, in)) and GPT-2's `Conv1D` (weight (in, out)). The correction is written first and the
+product with W is accumulated onto it, so that perturbing costs no extra pass over the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zoray.directions import rank_scale
+from zoray.layout import ParamSpec
+from zoray.perturb.context import Active, Signs
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear layer with the specs of those of its parameters that are trained.
+
+    Attributes:
+        transposed: the weight is stored (in, out), as in `Conv1D`.
+        weight, bias: specs, None where the parameter is frozen or missing.
+    """
+
+    module: nn.Module
+    transposed: bool
+    weight: ParamSpec | None
+    bias: ParamSpec | None
+
+    def __call__(self, active: Active, x: torch.Tensor) -> torch.Tensor:
+        """The perturbed output, shape (..., out) for x of shape (..., in), in x's dtype."""
+        if active.signs is Signs.BOTH and x.dim() >= 3 and x.shape[0] == 1:
+            x = x.expand(active.rows, *x.shape[1:])
+        active.check_rows(x)
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        matrix = weight if self.transposed else weight.t()
+        flat = x.reshape(-1, matrix.shape[0])
+        out = self.product(active, flat, self.project(active, flat), slice(0, matrix.shape[1]))
+        return out.view(*x.shape[:-1], matrix.shape[1])
+
+    def project(self, active: Active, flat: torch.Tensor) -> torch.Tensor | None:
+        """+-eps/sqrt(r) (x . b), shape (rows, r): the second half of the rows has the other sign."""
+        if self.weight is None:
+            return None
+        left, right = active.factors(self.weight, flat)
+        inputs = left if self.transposed else right
+        scale = active.scale * float(rank_scale(self.weight))
+        coefficients = (flat @ inputs.t()).mul_(scale)
+        if active.signs is Signs.BOTH:
+            coefficients[len(flat) // 2 :].neg_()
+        return coefficients
+
+    def product(
+        self, active: Active, flat: torch.Tensor, coefficients: torch.Tensor | None, outputs: slice
+    ) -> torch.Tensor:
+        """Perturbed output of some of the output features, shape (rows, len(outputs)).
+
+        Args:
+            flat: inputs (rows, in); for both signs the plus rows come first.
+            coefficients: what `project` returned for them.
+            outputs: the range of output features.
+        """
+        weight, bias = self.module._parameters["weight"], self.module._parameters.get("bias")
+        assert weight is not None
+        matrix = weight[:, outputs] if self.transposed else weight[outputs].t()
+        out = flat.new_empty(len(flat), matrix.shape[1])
+        vectors = active.vector(bias, self.bias)
+        count = 1 if vectors is None else len(vectors)
+        for part in range(count):
+            rows = slice(part * len(flat) // count, (part + 1) * len(flat) // count)
+            base = None if vectors is None else vectors[part, outputs].to(flat.dtype)
+            self._correction(
+                active, out[rows], coefficients if coefficients is None else coefficients[rows], base, outputs
+            )
+        return out.addmm_(flat, matrix)
+
+    def _correction(
+        self,
+        active: Active,
+        out: torch.Tensor,
+        coefficients: torch.Tensor | None,
+        base: torch.Tensor | None,
+        outputs: slice,
+    ) -> None:
+        """Write bias + (+-eps (x . b)) a^T into `out`."""
+        if self.weight is None or coefficients is None:
+            out.copy_(torch.zeros_like(out[:1]) if base is None else base)
+            return
+        left, right = active.factors(self.weight, out)
+        spread = (right if self.transposed else left)[:, outputs]
+        if base is None:
+            torch.mm(coefficients, spread, out=out)
+        else:
+            torch.addmm(base, coefficients, spread, out=out)

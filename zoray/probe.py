@@ -1,0 +1,69 @@
+"""The probe: one projected gradient, a pure function of the weights and the probe's address.
+
+g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)   (Spall 1992, two-sided SPSA)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from zoray.aggregate import ProbeResult
+from zoray.directions import Directions
+from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled
+from zoray.perturb import Active, Engine, Signs
+from zoray.proof import Verdict, head_layer
+
+
+class Prober:
+    """Runs probes of one model on the paths that were proved right for it.
+
+    Args:
+        loss: a custom loss; by default the model's own (`ModelLoss`).
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, directions: Directions, verdict: Verdict, loss: LossFunction | None = None
+    ) -> None:
+        self.directions, self.verdict = directions, verdict
+        self.engine = Engine(model, directions.layout, frozenset(verdict.strays))
+        self._loss = _bind(model, self.engine, verdict, loss)
+
+    def losses(self, step: int, index: int, batch: Batch, epsilon: float) -> tuple[float, float]:
+        """(L(theta + eps z), L(theta - eps z)) in float64 for the direction (step, index)."""
+        rows = len(batch["labels"])
+        with torch.no_grad():
+            if self.verdict.batched:
+                losses = self._run(step, index, doubled(batch, rows), epsilon, Signs.BOTH, 2 * rows)
+                return losses.mean(slice(0, rows)), losses.mean(slice(rows, None))
+            plus = self._run(step, index, batch, epsilon, Signs.PLUS, rows)
+            minus = self._run(step, index, batch, epsilon, Signs.MINUS, rows)
+            return plus.mean(), minus.mean()
+
+    def probe(self, step: int, direction: int, batch: Batch, epsilon: float, microbatch: int = 0) -> ProbeResult:
+        """The probe at (step, direction, microbatch); its scalars are rounded to float32, as they travel."""
+        plus, minus = self.losses(step, direction, batch, epsilon)
+        gradient = np.float32((plus - minus) / (2 * epsilon))
+        return ProbeResult(step, direction, microbatch, float(gradient), float(np.float32((plus + minus) / 2)))
+
+    def evaluate(self, batch: Batch) -> RowLosses:
+        """Row losses at the unperturbed weights."""
+        with torch.no_grad():
+            return self._loss(batch, None)
+
+    def _run(self, step: int, index: int, batch: Batch, epsilon: float, signs: Signs, rows: int) -> RowLosses:
+        active = Active(self.directions, step, index, epsilon, signs, rows)
+        with self.engine.perturbed(active):
+            return self._loss(batch, active)
+
+
+def _bind(
+    model: torch.nn.Module, engine: Engine, verdict: Verdict, loss: LossFunction | None
+) -> Callable[[Batch, Active | None], RowLosses]:
+    if loss is not None:
+        return lambda batch, active: loss(model, batch)
+    own = ModelLoss(model, verdict.chunked, verdict.shifted)
+    layer = head_layer(own, engine)
+    return lambda batch, active: own(batch, active, layer)

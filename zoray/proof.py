@@ -1,0 +1,285 @@
+"""What the fast paths promise, proved at start on the run's own first batch.
+
+Some things cannot be read off a model's code: whether its own loss compares the logits at t with the label at t or at
+t+1, whether a parameter is used behind the back of the module that owns it,
+whether the model touches the logits after its head, and whether every module keeps the rows of a batch apart and in
+order. Each is tried against the slow path (two separate forwards, logits in one piece), and a path that fails is not
+used. The verdict says why; it is a function of the model, the layout and the batch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from zoray.directions import Directions
+from zoray.errors import ModelError
+from zoray.loss import Batch, ModelLoss, RowLosses, doubled, with_specs
+from zoray.perturb.context import Active, NotBatchable, Signs
+from zoray.perturb.engine import Engine, replaced_forward
+from zoray.perturb.linear import LinearLayer
+from zoray.perturb.swap import SwappedModule
+
+SignsChoice = Literal["auto", "batched", "sequential"]
+HeadChoice = Literal["auto", "chunked", "full"]
+
+_PROOF_EPSILON = 1e-2
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The paths a replica uses.
+
+    Attributes:
+        batched: both signs in one forward of 2B rows.
+        chunked: the head and its loss in slices of the vocabulary.
+        shifted: the model's own loss compares the logits at t with the label at t+1.
+        strays: parameters used outside of the module that owns them.
+        reasons: why a faster path is not used, for the user; empty if all are.
+    """
+
+    batched: bool
+    chunked: bool
+    shifted: bool = False
+    strays: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+def prove(
+    model: nn.Module,
+    directions: Directions,
+    batch: Batch,
+    rows: int,
+    *,
+    signs: SignsChoice = "auto",
+    head: HeadChoice = "auto",
+    epsilon: float = 1e-3,
+) -> Verdict:
+    """Find the fastest paths that give the right answer for this model.
+
+    Args:
+        batch: the run's first batch, of `rows` rows, with `labels`.
+        signs, head: what the configuration asks for; "auto" takes the faster path where it is right.
+
+    Raises:
+        ModelError: a path that was asked for by name is not right for this model, or a module keeps references of its
+            own to its parameters, so that it cannot be perturbed.
+    """
+    with torch.no_grad():
+        return _prove(model, directions, batch, rows, signs, head, epsilon)
+
+
+def _prove(
+    model: nn.Module,
+    directions: Directions,
+    batch: Batch,
+    rows: int,
+    signs: SignsChoice,
+    head: HeadChoice,
+    epsilon: float,
+) -> Verdict:
+    shifted = is_shifted(model, batch)
+    strays = find_strays(model, directions, batch, rows, epsilon)
+    reasons = [f"used outside of the module that owns it: {name}" for name in strays]
+    trial = _Trial(model, directions, batch, rows, Engine(model, directions.layout, frozenset(strays)), shifted)
+    chunked, why = (False, None) if head == "full" else trial.head_is_right()
+    if why:
+        reasons.append(f"the head and its loss are computed in one piece: {why}")
+    if head == "chunked" and not chunked:
+        raise ModelError(f"`head: chunked` is not right for this model: {why}.", advice="use `head: auto`")
+    batched, why = (False, None) if signs == "sequential" else trial.batching_is_right(chunked, bool(strays))
+    if why:
+        reasons.append(f"two forwards per probe: {why}")
+    if signs == "batched" and not batched:
+        raise ModelError(f"`signs: batched` is not right for this model: {why}.", advice="use `signs: auto`")
+    return Verdict(batched, chunked, shifted, tuple(strays), tuple(reasons))
+
+
+class _Trial:
+    """Perturbed forwards of the first batch, on one path or another."""
+
+    def __init__(
+        self, model: nn.Module, directions: Directions, batch: Batch, rows: int, engine: Engine, shifted: bool
+    ) -> None:
+        self.model, self.directions, self.batch, self.rows, self.engine = model, directions, batch, rows, engine
+        self.full = ModelLoss(model, shifted=shifted)
+        self.sliced = ModelLoss(model, chunked=True, shifted=shifted)
+
+    def run(self, loss: ModelLoss, signs: Signs) -> RowLosses:
+        """Row losses of the direction (0, 0) at the proof's own epsilon."""
+        both = signs is Signs.BOTH
+        active = Active(self.directions, 0, 0, _PROOF_EPSILON, signs, 2 * self.rows if both else self.rows)
+        with self.engine.perturbed(active):
+            return loss(doubled(self.batch, self.rows) if both else self.batch, active, head_layer(loss, self.engine))
+
+    def head_is_right(self) -> tuple[bool, str | None]:
+        """Whether the head may be taken out of the model and computed in slices."""
+        module = None if self.sliced.head is None else self.sliced.head.module
+        if self.batch["labels"].dim() != 2:
+            return False, None
+        if module is None or isinstance(self.engine.handlers.get(module), SwappedModule):
+            return False, "its output embedding is not a plain linear layer"
+        if self.engine.strays & {
+            s.name for p, s in self.engine.specs.items() if any(p is q for q in module.parameters())
+        }:
+            return False, "its output embedding is used in more than one way"
+        if not self._returns_head_output(module):
+            return False, "the model changes the logits after its head"
+        whole, parts = self.run(self.full, Signs.PLUS), self.run(self.sliced, Signs.PLUS)
+        error = float((whole.sums - parts.sums).abs().max())
+        scale = float(whole.sums.abs().max())
+        precision = torch.finfo(next(module.parameters()).dtype).eps
+        if not error <= max(1e-4, 4 * precision) * scale:
+            return False, f"the losses differ by {error:.2g} of {scale:.3g}"
+        return True, None
+
+    def _returns_head_output(self, module: nn.Module) -> bool:
+        seen: list[torch.Tensor] = []
+
+        def keep(hidden: torch.Tensor) -> torch.Tensor:
+            seen.append(hidden)
+            return hidden
+
+        try:
+            with replaced_forward(module, keep):
+                returned = self.full.logits(self.batch)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return len(seen) == 1 and returned.shape == seen[0].shape and torch.equal(returned, seen[0])
+
+    def batching_is_right(self, chunked: bool, astray: bool) -> tuple[bool, str | None]:
+        """Whether one forward of 2B rows gives the losses of two forwards of B rows."""
+        if astray:
+            return False, "a parameter is used outside of the module that owns it"
+        loss = self.sliced if chunked else self.full
+        plus, minus = self.run(loss, Signs.PLUS), self.run(loss, Signs.MINUS)
+        try:
+            both = self.run(loss, Signs.BOTH)
+        except NotBatchable as fault:
+            return False, f"a module was given {fault}"
+        except (RuntimeError, ValueError, IndexError) as fault:
+            return False, f"the model refuses 2B rows of both signs ({str(fault).splitlines()[0]})"
+        expected = torch.cat([plus.sums, minus.sums])
+        if both.sums.shape != expected.shape:
+            return False, "the rows of the batch do not come out in order"
+        error = float((both.sums - expected).abs().max())
+        effect = float((plus.sums - minus.sums).abs().max())
+        if not error <= _TOLERANCE * effect:
+            return False, f"the signs come out wrong (error {error:.2g}, effect of the perturbation {effect:.2g})"
+        return True, None
+
+
+def is_shifted(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model's own loss on this batch is that of the labels shifted by one.
+
+    Raises:
+        ModelError: the model reports a loss that is the cross entropy of its logits neither way.
+    """
+    if batch["labels"].dim() != 2:
+        return False
+    output = model(**batch)
+    if isinstance(output, torch.Tensor) or getattr(output, "loss", None) is None:
+        return False
+    own = float(output.loss)
+    candidates = {shifted: ModelLoss(model, shifted=shifted)(batch).mean() for shifted in (True, False)}
+    best = min(candidates, key=lambda shifted: abs(candidates[shifted] - own))
+    if not abs(candidates[best] - own) <= 0.05 * abs(own) and math.isfinite(own):
+        raise ModelError(
+            f"{type(model).__name__} reports a loss of {own:.4f}, but the cross entropy of its logits is "
+            f"{candidates[True]:.4f} with labels shifted by one and {candidates[False]:.4f} without.",
+            advice="give zoray.Replica a `loss` of your own",
+        )
+    return best
+
+
+def head_layer(loss: ModelLoss, engine: Engine) -> LinearLayer | None:
+    """The loss's head as the engine perturbs it."""
+    return None if loss.head is None else with_specs(loss.head, engine.handlers.get(loss.head.module))
+
+
+def find_strays(model: nn.Module, directions: Directions, batch: Batch, rows: int, epsilon: float) -> list[str]:
+    """Names of trainable parameters that are used while no module that owns them is running.
+
+    Fused attention reads its output projection's weight without calling that module, and some heads read the
+    embedding's; the module's own handler would never see that use.
+
+    Raises:
+        ModelError: a module was given perturbed copies and used the originals.
+    """
+    engine = Engine(model, directions.layout)
+    active = Active(directions, 0, 0, epsilon, Signs.PLUS, rows)
+    watch = _Watch(engine)
+    loss = ModelLoss(model)
+    with ExitStack() as stack:
+        stack.enter_context(engine.perturbed(active))
+        for module in engine.handlers:
+            stack.enter_context(replaced_forward(module, watch.wrap(module, module.__dict__["forward"])))
+        stack.enter_context(watch)
+        loss(batch, active)
+    if watch.kept:
+        raise ModelError(
+            f"Parameter {watch.kept[0]!r} cannot be perturbed: its module keeps a reference of its own to it.",
+            advice="leave it out of `trainable`",
+        )
+    return sorted(watch.strays)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every use of a parameter in a torch function, and which modules are running at that moment."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine, self.strays, self.kept = engine, set[str](), list[str]()
+        self._running: list[nn.Module] = []
+
+    def wrap(self, module: nn.Module, forward: Any) -> Any:
+        """The same forward, noting that its module is running."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._running.append(module)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._running.pop()
+
+        return noted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called instead of every torch function; looks at the arguments and calls it."""
+        result = func(*args, **(kwargs or {}))
+        if _makes_tensor(result) and func is not torch.Tensor.detach:
+            for tensor in _tensors([*args, *(kwargs or {}).values()]):
+                if isinstance(tensor, nn.Parameter) and tensor in self.engine.specs:
+                    self._used(tensor)
+        return result
+
+    def _used(self, parameter: nn.Parameter) -> None:
+        owners = [m for m in self._running if any(parameter is p for p in m._parameters.values())]
+        name = self.engine.specs[parameter].name
+        if owners:
+            return
+        swapped_owners = [m for m in self._running if isinstance(self.engine.handlers.get(m), SwappedModule)]
+        if any(name in {s.name for s in self.engine.handlers[m].specs.values()} for m in swapped_owners):  # type: ignore[attr-defined]
+            self.kept.append(name)
+        else:
+            self.strays.add(name)
+
+
+def _makes_tensor(result: Any) -> bool:
+    return isinstance(result, torch.Tensor) or (isinstance(result, (list, tuple)) and any(map(_makes_tensor, result)))
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

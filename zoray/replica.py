@@ -1,0 +1,134 @@
+"""A replica: one copy of the weights at some step, a deterministic state machine with `probe`, `apply` and `digest`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from zoray.aggregate import ProbeResult
+from zoray.commits import Commit
+from zoray.digest import digest
+from zoray.directions import Directions
+from zoray.errors import NumericsError
+from zoray.layout import DirectionKind, make_layout, trainable_parameters
+from zoray.loss import Batch, LossFunction, RowLosses
+from zoray.memory import Resident
+from zoray.probe import Prober
+from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
+
+
+class Replica:
+    """One copy of a model that is trained by forward passes alone.
+
+    Without any cluster::
+
+        replica = zoray.Replica(model, run_seed=0)
+        for step in range(1000):
+            probes = [replica.probe(step, k, batch(step, k), epsilon=1e-3) for k in range(4)]
+            replica.apply(zoray.commit(step, probes, learning_rate=1e-4))
+
+    Args:
+        model: any module whose parameters that require a gradient are float32, bfloat16 or float16; put in eval mode.
+        run_seed: seed of the directions and of stochastic rounding, 0 <= run_seed < 2^64.
+        direction: "rank" (z = a b^T on matrices), "rademacher" or "gaussian" (dense).
+        rank: r of the first kind.
+        signs: both signs in one forward ("batched"), in two ("sequential"), or as proved on the first batch ("auto").
+        head: the language-model head in slices of the vocabulary ("chunked"), whole ("full"), or as proved ("auto").
+        loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
+
+    Raises:
+        ModelError: nothing to train, or a parameter that cannot be trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run_seed: int = 0,
+        *,
+        direction: DirectionKind = "rank",
+        rank: int = 1,
+        signs: SignsChoice = "auto",
+        head: HeadChoice = "auto",
+        loss: LossFunction | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.layout = make_layout(trainable_parameters(model), direction, rank)
+        self.directions = Directions(self.layout, run_seed)
+        self.memory = Resident(model, self.directions)
+        self.step = 0
+        self._choices: tuple[SignsChoice, HeadChoice] = (signs, head)
+        self._loss = loss
+        self._prober: Prober | None = None
+
+    def prove(self, batch: Batch, epsilon: float = 1e-3) -> Verdict:
+        """Find out on one batch which of the faster paths are right for this model (see `zoray.proof`).
+
+        Called by the first probe; a run calls it with the batch of address (0, 0), so that every replica, whenever it
+        joins, takes the same paths.
+        """
+        signs, head = self._choices
+        if self._loss is None:
+            verdict = prove(
+                self.model, self.directions, batch, len(batch["labels"]), signs=signs, head=head, epsilon=epsilon
+            )
+        else:
+            verdict = Verdict(batched=signs == "batched", chunked=False)
+        self._prober = Prober(self.model, self.directions, verdict, self._loss)
+        return verdict
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The paths in use; None before the first probe."""
+        return None if self._prober is None else self._prober.verdict
+
+    def probe(self, step: int, direction: int, batch: Batch, epsilon: float, microbatch: int = 0) -> ProbeResult:
+        """Projected gradient and mean loss at the current weights along one direction; the weights are not touched.
+
+        Args:
+            step, direction, microbatch: the probe's address.
+            batch: inputs of the model with `labels`, B rows.
+            epsilon: half the distance between the two evaluations.
+        """
+        if self._prober is None:
+            self.prove(batch, epsilon)
+        assert self._prober is not None
+        return self._prober.probe(step, direction, batch, epsilon, microbatch)
+
+    def apply(self, commits: Commit | Sequence[Commit]) -> None:
+        """theta <- decay theta - eta sum_k c_k z_k for each commit in order; one already applied is ignored.
+
+        Raises:
+            NumericsError: a commit between the replica's step and the given ones is missing.
+        """
+        missing = [c for c in ([commits] if isinstance(commits, Commit) else commits) if c.step >= self.step]
+        expected = list(range(self.step, self.step + len(missing)))
+        if [c.step for c in missing] != expected:
+            raise NumericsError(
+                f"The replica is at step {self.step} and was given the commits of steps {[c.step for c in missing]}.",
+                advice="give it every commit, in order",
+            )
+        self.memory.apply(missing)
+        self.step += len(missing)
+
+    def evaluate(self, batch: Batch) -> RowLosses:
+        """Losses of each row at the current weights."""
+        if self._prober is None:
+            self.prove(batch)
+        assert self._prober is not None
+        return self._prober.evaluate(batch)
+
+    def digest(self) -> int:
+        """Digest of the trainable weights: equal on two replicas if and only if they agree (up to 2^-64)."""
+        return self.memory.digest()
+
+    def load(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Jump to the weights of a snapshot at `step`."""
+        self.memory.load(state)
+        self.step = step
+
+
+def base_digest(model: nn.Module) -> int:
+    """Digest of everything the model computes with, trained or not: its parameters and persistent buffers."""
+    return digest(sorted(model.state_dict().items()))
