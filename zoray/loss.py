@@ -32,10 +32,17 @@ _SLICE_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class RowLosses:
-    """Sum of the losses (float64) and number of targets (int64) of each row, shape (rows,)."""
+    """Losses of a batch, shape (rows,) each.
+
+    Attributes:
+        sums: sum over the row's targets, float64.
+        counts: number of targets, int64.
+        correct: whether the most likely class is the right one, for a classification.
+    """
 
     sums: torch.Tensor
     counts: torch.Tensor
+    correct: torch.Tensor | None = None
 
     def mean(self, rows: slice = slice(None)) -> float:
         """Mean over all targets of some rows; NaN where there is none."""
@@ -95,8 +102,9 @@ class ModelLoss:
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if "use_cache" in self.accepted:
             inputs["use_cache"] = False
-        if hasattr(self.model, "prepare_decoder_input_ids_from_labels") and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        shift: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = shift(labels=batch["labels"])
         output = self.model(**inputs)
         logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, torch.Tensor):
@@ -111,9 +119,9 @@ class ModelLoss:
         if labels.dim() == 1:
             if logits.shape[-1] == 1:
                 losses = (logits.float().squeeze(-1) - labels.float()).square()
-            else:
-                losses = functional.cross_entropy(logits.float(), labels, reduction="none")
-            return RowLosses(losses.double(), torch.ones_like(labels))
+                return RowLosses(losses.double(), torch.ones(len(losses), dtype=torch.int64, device=losses.device))
+            losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+            return RowLosses(losses.double(), torch.ones_like(labels), logits.argmax(-1) == labels)
         if self.shifted:
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")

@@ -25,7 +25,8 @@ def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Returns:
         int32 or float32 (rows, cols) of integers below 2^24 in magnitude.
     """
-    if left.device.type == "cpu" and _int8_product_is_exact():
+    # A single row or column has ambiguous strides, which torch's int8 kernel misreads; there is nothing to gain there.
+    if left.device.type == "cpu" and min(left.shape[0], right.shape[1]) > 1 and _int8_product_is_exact():
         return torch._int_mm(left.contiguous(), right)
     return left.float() @ right.float()
 

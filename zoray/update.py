@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +92,7 @@ class _Group:
         self.addresses = [(step, index) for term in terms for step, index, _ in term]
         self.coefficients = np.array([c for term in terms for *_, c in term], dtype=np.int8)
         borders = np.cumsum([0, *map(len, terms)])
-        self.ranges = [slice(int(a), int(b)) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        self.ranges = [slice(int(a), int(b)) for a, b in pairwise(borders)]
         total = directions.layout.total_bytes
         fits = len(self.addresses) * total <= _PACKED_BYTES and directions.layout.kind == "rank"
         self._packed = directions.read(self.addresses, 0, total) if fits else None
@@ -105,7 +106,7 @@ class _Group:
         right = self._signs(right_start, spec.col_bytes, spec.rank, 0, spec.cols) if spec.rank else None
         for block in _blocks(shard, block_elements):
             if self.directions.layout.kind == "gaussian":
-                sums = (self._normal_sum(terms, block) for terms in self.ranges)
+                sums: Iterator[torch.Tensor] = (self._normal_sum(terms, block) for terms in self.ranges)
             else:
                 sums = self._exact_sums(block, right)
             for commit, total in zip(self.commits, sums, strict=True):

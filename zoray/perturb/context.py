@@ -44,7 +44,8 @@ class Active:
 
     @cached_property
     def _packed(self) -> Bytes:
-        return self.directions.read([self.address], 0, self.directions.layout.total_bytes)[0]
+        packed: Bytes = self.directions.read([self.address], 0, self.directions.layout.total_bytes)[0]
+        return packed
 
     @property
     def scale(self) -> float:

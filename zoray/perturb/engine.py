@@ -55,7 +55,7 @@ class Engine:
         weight, bias = own.get("weight"), own.get("bias")
         factored = weight is None or weight.rank > 0
         if own.keys() <= {"weight", "bias"} and "forward" not in module.__dict__:
-            forward = type(module).forward
+            forward: Any = type(module).forward
             transposed = _is_conv1d(module)
             if (
                 (forward is nn.Linear.forward or transposed)
