@@ -1,0 +1,177 @@
+"""Fixtures for all tests: tiny real models and tokenizers, saved to disk as a user would have them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+# Read by huggingface_hub when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog",
+    "a probe is a pure function of its address",
+    "one byte per gradient is all that crosses the wire",
+    "replicas never exchange weights and never drift apart",
+    "a good film with a warm heart and a clever end",
+    "a dull film with a cold heart and a silly end",
+    "the ledger is the run and the weights are the ledger applied",
+]
+
+VOCABULARY = 128
+"""Rows of the embeddings of every tiny model."""
+
+
+class TinyModel(Protocol):
+    """`tiny_model(kind, folder, **config)`: a random model and its tokenizer saved to a folder, which is returned."""
+
+    def __call__(self, kind: str, folder: Path, **config: Any) -> Path: ...
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZORAY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`tiny_tokenizer(**special_tokens)`: a word-level tokenizer over SENTENCES, of at most VOCABULARY tokens."""
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> TinyModel:
+    """Makes tiny models; kinds are gpt2, opt, llama, qwen3, gemma, mistral, mixtral, t5, bert, roberta and vit."""
+    return make_model
+
+
+def make_tokenizer(style: str = "gpt2") -> Any:
+    """A word-level tokenizer; `style` decides its special tokens, as those of the model of that name."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special: dict[str, str] = {"unk_token": "<unk>", "eos_token": "</s>"}
+    if style in ("bert", "roberta"):
+        special = {"unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    elif style in ("llama", "opt", "gemma", "mistral", "mixtral", "qwen3"):
+        special |= {"bos_token": "<s>"}
+    elif style == "t5":
+        special |= {"pad_token": "<pad>"}
+    # Every style has the same numbers, 0 to 5, for the special tokens of all.
+    tokens = ["</s>", "<pad>", "<unk>", "<s>", "[CLS]", "[SEP]"]
+    tokens += sorted({word for sentence in SENTENCES for word in sentence.split()})
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = processors.TemplateProcessing
+    if "cls_token" in special:
+        backend.post_processor = template(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 4), ("[SEP]", 5)]
+        )
+    elif "bos_token" in special:
+        backend.post_processor = template(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 3)])
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if style == "bert" else [])]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
+
+
+def make_model(kind: str, folder: Path, **config: Any) -> Path:
+    """Saves a random model of a kind under folder/kind; `config` overrides keys of its Hugging Face configuration.
+
+    `head` overrides the class: `causal_lm` (the default where there is one), `classification`, `base`.
+    """
+    import torch
+    import transformers
+
+    head = config.pop("head", None)
+    prefix, sizes, default_head = _KINDS[kind]
+    family = getattr(transformers, f"{prefix}Config")
+    common = {} if kind == "vit" else {"vocab_size": VOCABULARY, "eos_token_id": 0, "bos_token_id": 3}
+    if kind in ("bert", "roberta", "t5", "opt"):
+        common["pad_token_id"] = 1
+    if kind == "t5":
+        common["decoder_start_token_id"] = 1
+    settings = family(**{**common, **sizes, **config})
+    suffix = {
+        "causal_lm": {"gpt2": "LMHeadModel", "bert": "LMHeadModel"}.get(kind, "ForCausalLM"),
+        "masked_lm": "ForMaskedLM",
+        "seq2seq_lm": "ForConditionalGeneration",
+        "classification": "ForImageClassification" if kind == "vit" else "ForSequenceClassification",
+        "base": "Model",
+    }[head or default_head]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, prefix + suffix)(settings)
+        # Freshly made biases and norms are 0 and 1, which would hide mistakes with them.
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+    transformers.utils.logging.disable_progress_bar()
+    target = folder / kind
+    model.save_pretrained(target)
+    if kind != "vit":
+        make_tokenizer(kind).save_pretrained(target)
+    return target
+
+
+_DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, "causal_lm"),
+    "opt": (
+        "OPT",
+        {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+        },
+        "causal_lm",
+    ),
+    "llama": ("Llama", _DECODER, "causal_lm"),
+    "qwen3": ("Qwen3", _DECODER, "causal_lm"),
+    "gemma": ("Gemma", _DECODER, "causal_lm"),
+    "mistral": ("Mistral", _DECODER, "causal_lm"),
+    "mixtral": ("Mixtral", {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}, "causal_lm"),
+    "t5": (
+        "T5",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_decoder_layers": 2},
+        "seq2seq_lm",
+    ),
+    "bert": ("Bert", _ENCODER, "masked_lm"),
+    # RoBERTa's positions start behind those of the padding token, so 66 rows hold 64 positions.
+    "roberta": ("Roberta", {**_ENCODER, "max_position_embeddings": 66, "type_vocab_size": 1}, "masked_lm"),
+    "vit": (
+        "ViT",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 8,
+            "num_labels": 3,
+        },
+        "classification",
+    ),
+}

@@ -1,0 +1,36 @@
+"""The configuration of a run: one YAML file, checked before anything is loaded or started.
+
+`load` reads a file and the command line's overrides, `dump` writes a configuration as resolved, and `changed` names the
+keys in which two configurations describe a different computation.
+"""
+
+from __future__ import annotations
+
+from zoray.config.compare import changed, mathematics, schedule_needs_max_steps
+from zoray.config.load import dump, load
+from zoray.config.schema import RunConfig
+from zoray.config.sections import (
+    CausalLMTask,
+    ClassificationTask,
+    DirectionConfig,
+    LoraConfig,
+    MemoryConfig,
+    TaskConfig,
+    TrainableLora,
+)
+
+__all__ = [
+    "CausalLMTask",
+    "ClassificationTask",
+    "DirectionConfig",
+    "LoraConfig",
+    "MemoryConfig",
+    "RunConfig",
+    "TaskConfig",
+    "TrainableLora",
+    "changed",
+    "dump",
+    "load",
+    "mathematics",
+    "schedule_needs_max_steps",
+]

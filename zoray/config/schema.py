@@ -1,0 +1,189 @@
+"""The configuration of a run: its keys and what must hold between them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Tag, field_validator, model_validator
+from typing_extensions import Self
+
+from zoray.config.sections import DirectionConfig, MemoryConfig, Section, TaskConfig, TrainableLora, fault, key
+from zoray.schedule import POLYNOMIAL_END
+
+EXACT_SUM_LIMIT = 2**24
+"""Sums of integers below this are exact in float32, whatever the order of summation."""
+
+
+def _trainable_tag(value: Any) -> str:
+    return "mapping" if isinstance(value, dict | BaseModel) else "name"
+
+
+class RunConfig(Section):
+    """One run."""
+
+    model: str = key(
+        ..., "Model to start from: a folder, or a name on the Hugging Face hub.", mathematics=True, min_length=1
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = key(
+        "float32",
+        "Data type of the weights. The two short ones are updated with stochastic rounding.",
+        mathematics=True,
+    )
+    trust_remote_code: bool = key(False, "Run Python code that comes with the model.", mathematics=False)
+    attn_implementation: str | None = key(
+        None, "Attention of `transformers`: `eager`, `sdpa`, .... Without it, its own choice.", mathematics=True
+    )
+    trainable: Annotated[
+        Annotated[str, Tag("name")] | Annotated[TrainableLora, Tag("mapping")], Discriminator(_trainable_tag)
+    ] = key(
+        "full",
+        "What is trained: `full`, a regular expression searched for in the names of the parameters, or "
+        "`{lora: {r: 8, ...}}`.",
+        mathematics=True,
+    )
+    task: TaskConfig = key(..., "What is learnt, and from which data.", mathematics=True)
+    seed: int = key(
+        0,
+        "Run seed: fixes the directions, the order of the data and new weights.",
+        mathematics=True,
+        ge=0,
+        le=2**63 - 1,
+    )
+    max_steps: int = key(
+        ..., "Steps of the run. Changes the mathematics where the learning-rate schedule depends on it.",
+        mathematics=True, ge=1,
+    )  # fmt: skip
+    directions: int = key(16, "Directions probed per step, whatever the number of replicas.", mathematics=True, ge=1)
+    microbatches: int = key(1, "Batches each direction is probed on.", mathematics=True, ge=1, le=2**31 - 1)
+    per_direction_batch_size: int = key(16, "Examples in the batch of one probe.", mathematics=True, ge=1)
+    learning_rate: float = key(1e-6, "Learning rate, before the schedule.", mathematics=True, ge=0)
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ] = key("constant", "Learning-rate schedule, as in `transformers`.", mathematics=True)
+    warmup_steps: int = key(0, "Steps of linear warm-up.", mathematics=True, ge=0)
+    warmup_ratio: float = key(0.0, "The same as a share of `max_steps`.", mathematics=True, ge=0, le=1)
+    weight_decay: float = key(
+        0.0,
+        "Decoupled weight decay: a step multiplies the weights by 1 - learning rate * this.",
+        mathematics=True,
+        ge=0,
+    )
+    max_projected_gradient: float | None = key(
+        None, "Projected gradients are clipped to ± this.", mathematics=True, gt=0
+    )
+    epsilon: float = key(1e-3, "Distance of the two evaluations of a probe from the weights.", mathematics=True, gt=0)
+    direction: DirectionConfig = key(DirectionConfig(), "How directions are drawn.", mathematics=True)
+    signs: Literal["auto", "batched", "sequential"] = key(
+        "auto",
+        "Both signs of a probe in one forward (`batched`) or in two (`sequential`). `auto` is batched where the proof "
+        "at the start of the run holds.",
+        mathematics=True,
+    )
+    head: Literal["auto", "chunked", "full"] = key(
+        "auto",
+        "Language-model head and cross entropy in pieces that stay in cache (`chunked`) or at once (`full`). `auto` is "
+        "chunked where the model allows.",
+        mathematics=True,
+    )
+    replicas: int = key(2, "Copies of the model that work on the run.", mathematics=False, ge=1)
+    threads_per_replica: int = key(
+        1,
+        "Processor threads of a replica. Another number changes the last bits of the losses, as another machine would.",
+        mathematics=False,
+        ge=1,
+    )
+    gpus_per_replica: float = key(0.0, "Accelerators of a replica; 0 means processors only.", mathematics=False, ge=0)
+    memory: MemoryConfig = key(MemoryConfig(), "Where a replica keeps its weights.", mathematics=False)
+    eval_steps: int | None = key(
+        None, "Evaluate every so many steps. Without it, at the start and the end.", mathematics=False, ge=1
+    )
+    eval_on_start: bool = key(True, "Evaluate before the first step, where there are held-out data.", mathematics=False)
+    per_device_eval_batch_size: int = key(32, "Examples in one batch of an evaluation.", mathematics=False, ge=1)
+    max_eval_samples: int | None = key(
+        None, "Evaluate on the first so many held-out examples. Without it, on all.", mathematics=False, ge=1
+    )
+    save_steps: int | None = key(None, "Save a snapshot every so many steps.", mathematics=False, ge=1)
+    save_total_limit: int | None = key(
+        None, "Keep the newest so many snapshots. Without it, all.", mathematics=False, ge=1
+    )
+    max_skipped_steps: int = key(5, "Stop after so many steps in a row without a finite loss.", mathematics=False, ge=1)
+    output_dir: str = key("runs", "Folder in which the run's folder is made.", mathematics=False, min_length=1)
+    run_name: str | None = key(
+        None,
+        "Name of the run and of its folder. Without it, one is made from the name of the file.",
+        mathematics=False,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    metrics_port: int = key(
+        0, "Port of `/metrics` and `/health`; 0 is any free one.", mathematics=False, ge=0, le=65535
+    )
+    logging_steps: int = key(
+        10, "Print a line every so many steps where there is no terminal.", mathematics=False, ge=1
+    )
+
+    @field_validator("trainable")
+    @classmethod
+    def _regular_expression(cls, value: str | TrainableLora) -> str | TrainableLora:
+        if not isinstance(value, str):
+            return value
+        if value.strip() in ("", "lora"):
+            raise fault("trainable", f"{value!r} does not say what to train.", "Use full, {lora: {r: 8}} or a pattern.")
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise fault(
+                "trainable",
+                f"{value!r} is not a regular expression: {error}.",
+                "Use full, {lora: {r: 8}} or a pattern over the names of the parameters.",
+            ) from error
+        return value
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        if self.warmup_steps and self.warmup_ratio:
+            raise fault(
+                "warmup_ratio",
+                f"warmup_steps ({self.warmup_steps}) and warmup_ratio ({self.warmup_ratio}) are both given.",
+                "Give one of them.",
+            )
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise fault(
+                "warmup_steps" if self.warmup_steps else "warmup_ratio",
+                "The constant schedule has no warm-up.",
+                "Set lr_scheduler_type to constant_with_warmup, or leave the warm-up out.",
+            )
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise fault(
+                "learning_rate",
+                f"The polynomial schedule ends at {POLYNOMIAL_END}, which is not below {self.learning_rate}.",
+                "Set lr_scheduler_type to linear, which ends at 0.",
+            )
+        decay = 1 - self.learning_rate * self.weight_decay
+        if decay <= 0:
+            raise fault(
+                "weight_decay",
+                f"1 - learning_rate * weight_decay is {decay:g}, which is not positive.",
+                "Lower weight_decay or learning_rate.",
+            )
+        if self.eval_steps is not None and self.task.eval is None:
+            raise fault("eval_steps", "eval_steps is given, but task.eval is not.", "Name held-out data in task.eval.")
+        return self
+
+    @model_validator(mode="after")
+    def _updates_are_exact(self) -> Self:
+        most = 127 * self.directions * self.direction.rank
+        if self.direction.kind != "gaussian" and most >= EXACT_SUM_LIMIT:
+            raise fault(
+                "directions",
+                f"127 * {self.directions} directions * rank {self.direction.rank} = {most} is not below 2**24, so the "
+                "update would not be exact in float32.",
+                f"Use at most {(EXACT_SUM_LIMIT - 1) // (127 * self.direction.rank)} directions, or more microbatches.",
+            )
+        return self

@@ -1,0 +1,145 @@
+"""The sections of a configuration: task, LoRA, directions, memory.
+
+`docs/configuration.md` is generated from these classes. Each key says whether it changes the mathematics of a run: a
+key that does cannot be changed when a run is resumed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+
+def key(default: Any, description: str, *, mathematics: bool, **limits: Any) -> Any:
+    """A configuration key: `Field` with the two things every key must have."""
+    return Field(default, description=description, json_schema_extra={"mathematics": mathematics}, **limits)
+
+
+def fault(key: str, message: str, advice: str) -> PydanticCustomError:
+    """A fault of one key that only shows beside other keys; `load` finds the key's line from the context."""
+    return PydanticCustomError("fault", "{message}", {"key": key, "message": message, "advice": advice})
+
+
+class Section(BaseModel):
+    """What all parts of a configuration share: no unknown keys, no coercion (`true` is not 1), no mutation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021), made by `peft`; the names are those of `peft.LoraConfig`."""
+
+    r: int = key(8, "Rank of the adapters.", mathematics=True, ge=1)
+    lora_alpha: int = key(8, "Scale of the adapters: they are multiplied by `lora_alpha / r`.", mathematics=True, ge=1)
+    target_modules: str | list[str] | None = key(
+        None,
+        "Modules that get an adapter: a list of name endings, a regular expression, or `all-linear`. Without it, what "
+        "`peft` takes for this architecture.",
+        mathematics=True,
+        min_length=1,
+    )
+    bias: Literal["none", "all", "lora_only"] = key("none", "Which biases are trained beside them.", mathematics=True)
+
+
+class TrainableLora(Section):
+    """`trainable: {lora: {...}}`."""
+
+    lora: LoraConfig = key(..., "Low-rank adapters; a new classification head is trained with them.", mathematics=True)
+
+
+class CausalLMTask(Section):
+    """Causal language modelling; without a prompt column, documents are packed into sequences of `max_length`."""
+
+    kind: Literal["causal_lm"] = key(..., "Causal language modelling.", mathematics=True)
+    train: str = key(
+        ...,
+        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names).",
+        mathematics=True,
+        min_length=1,
+    )
+    eval: str | None = key(None, "Held-out data, of the same form.", mathematics=False, min_length=1)
+    text_column: str = key("text", "Column with the text, or with the completion.", mathematics=True, min_length=1)
+    prompt_column: str | None = key(
+        None,
+        "Column with the prompt. With it each row is one example, and the loss is on the completion alone.",
+        mathematics=True,
+        min_length=1,
+    )
+    max_length: int = key(128, "Longest sequence, in tokens.", mathematics=True, ge=2)
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        if self.prompt_column == self.text_column:
+            raise fault(
+                "task.prompt_column",
+                f"The prompt and the completion are both column {self.text_column!r}.",
+                "Name two columns, or leave task.prompt_column out to train on the whole text.",
+            )
+        return self
+
+
+class ClassificationTask(Section):
+    """Sequence classification of a text or a pair of texts."""
+
+    kind: Literal["classification"] = key(..., "Sequence classification.", mathematics=True)
+    train: str = key(
+        ...,
+        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names).",
+        mathematics=True,
+        min_length=1,
+    )
+    eval: str | None = key(None, "Held-out data, of the same form.", mathematics=False, min_length=1)
+    text_column: str = key("text", "Column with the text.", mathematics=True, min_length=1)
+    text_pair_column: str | None = key(None, "Column with the second text, for pairs.", mathematics=True, min_length=1)
+    label_column: str = key(
+        "label",
+        "Column with the label: integers from 0, or strings (numbered in sorted order).",
+        mathematics=True,
+        min_length=1,
+    )
+    num_labels: int | None = key(
+        None, "Number of classes. Without it, as many as the training data show.", mathematics=True, ge=2
+    )
+    max_length: int = key(128, "Longest sequence, in tokens; longer ones are cut.", mathematics=True, ge=2)
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Self:
+        columns = [self.text_column, self.text_pair_column, self.label_column]
+        for name, column in (("label_column", self.label_column), ("text_pair_column", self.text_pair_column)):
+            if column is not None and columns.count(column) > 1:
+                raise fault(f"task.{name}", f"The column {column!r} is given two parts.", "Name different columns.")
+        return self
+
+
+TaskConfig = Annotated[CausalLMTask | ClassificationTask, Field(discriminator="kind")]
+
+
+class DirectionConfig(Section):
+    """How random directions are drawn."""
+
+    kind: Literal["rank", "rademacher", "gaussian"] = key(
+        "rank",
+        "`rank`: products of ±1 vectors for matrices, ±1 for vectors. `rademacher`: ±1 everywhere. `gaussian`: for "
+        "comparison with the literature; its updates are not bit-exact.",
+        mathematics=True,
+    )
+    rank: int = key(1, "Products summed in the direction of one matrix (kind `rank`).", mathematics=True, ge=1)
+
+    @model_validator(mode="after")
+    def _rank_means_something(self) -> Self:
+        if self.rank != 1 and self.kind != "rank":
+            raise fault(
+                "direction.rank",
+                f"A direction of kind {self.kind} has no rank, but rank is {self.rank}.",
+                "Leave direction.rank out, or set direction.kind to rank.",
+            )
+        return self
+
+
+class MemoryConfig(Section):
+    """Where a replica keeps its weights."""
+
+    kind: Literal["resident"] = key("resident", "`resident`: all of them in one process.", mathematics=False)

@@ -1,0 +1,8 @@
+"""Loading a model and its tokenizer: from a folder or the Hugging Face hub to weights that can be trained."""
+
+from __future__ import annotations
+
+from zoray.models.limits import check_lengths, check_tokens, max_positions
+from zoray.models.load import load_model, load_tokenizer
+
+__all__ = ["check_lengths", "check_tokens", "load_model", "load_tokenizer", "max_positions"]

@@ -1,0 +1,89 @@
+"""Where a model is, and saying briefly why it cannot be had."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zoray.config import RunConfig
+from zoray.errors import ModelError
+
+
+def find(config: RunConfig) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where the model is.
+
+    Asked for a name it does not have, with no network, `transformers` tries for half a minute; the hub is asked here
+    instead, once.
+    """
+    name = config.model
+    folder = Path(name).expanduser()
+    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if folder.is_dir():
+        found = sorted(each.name for each in folder.iterdir())
+        if "config.json" not in found:
+            adapter = "It is an adapter of peft: merge it into its base model (merge_and_unload) and save that."
+            raise ModelError(
+                f"The folder {folder} has no config.json; it has {some(found) if found else 'nothing'}.",
+                where="model",
+                advice=adapter if "adapter_config.json" in found else "Name a folder made by save_pretrained.",
+            )
+        return {**source, "pretrained_model_name_or_path": str(folder)}
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file.", where="model", advice="Name the folder it is in.")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"There is no folder {folder}.", where="model", advice="Check the path.")
+    return {**source, "pretrained_model_name_or_path": name, "local_files_only": _only_in_cache(name)}
+
+
+def _only_in_cache(name: str) -> bool:
+    """Whether a hub model must come from the cache because the hub does not answer; ModelError if it is not there."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        if isinstance(error, ValueError) or not cached:
+            raise ModelError(
+                f"{name} is neither a folder nor a model on the Hugging Face hub that can be had: {reason(error)}.",
+                where="model",
+                advice="Check the name, the network and (for a gated model) HF_TOKEN; or name a local folder.",
+            ) from error
+        return True
+    return False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no reports from the libraries: what matters in them is checked and said by this module."""
+    from transformers.utils import logging
+
+    reports: Any = logging
+
+    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        reports.set_verbosity(level)
+        if bars:
+            reports.enable_progress_bar()
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[0].rstrip(". ")
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def some(names: list[str]) -> str:
+    """A list of names, the middle of a long one left out."""
+    shown = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+    return ", ".join(shown)

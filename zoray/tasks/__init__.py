@@ -1,0 +1,47 @@
+"""Tasks: from files of text to the batch of a probe.
+
+`load_task` tokenises (once per machine) and opens the data; `batch_for` gives the batch of a probe, a pure function of
+its address.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zoray.config import CausalLMTask, RunConfig
+from zoray.tasks.base import IGNORED_LABEL, Batch, Task, padding_id
+from zoray.tasks.sampler import sample_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED_LABEL", "Batch", "Task", "batch_for", "load_task", "padding_id", "sample_ids"]
+
+
+def load_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Opens the task of a configuration, tokenising its data if no process on this machine has done so before.
+
+    Raises:
+        DataError: data that are missing, empty, malformed or do not fit the task.
+    """
+    from zoray.tasks.causal_lm import CausalLM
+    from zoray.tasks.classification import Classification
+
+    if isinstance(config.task, CausalLMTask):
+        return CausalLM(config, tokenizer)
+    return Classification(config, tokenizer)
+
+
+def batch_for(task: Task, config: RunConfig, step: int, direction: int, microbatch: int) -> Batch:
+    """The batch of the probe (step, direction, microbatch), of `per_direction_batch_size` rows."""
+    ids = sample_ids(
+        config.seed,
+        task.train_size,
+        step,
+        direction,
+        microbatch,
+        directions=config.directions,
+        microbatches=config.microbatches,
+        batch_size=config.per_direction_batch_size,
+    )
+    return task.batch(ids)
