@@ -1,0 +1,91 @@
+"""Thousands of schedules of crashes, delays, losses and duplications: each ends as the undisturbed run does.
+
+ZORAY_SCHEDULES=20000 runs more of them, ZORAY_SEED=7 that one alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from tests.simulation.chaos import NEVER, Chaos, InvariantError
+from tests.simulation.model import Problem
+from tests.simulation.simulator import Simulation
+
+BLOCK = 125
+SCHEDULES = int(os.environ.get("ZORAY_SCHEDULES", "1000"))
+SEEDS = [int(os.environ["ZORAY_SEED"])] if "ZORAY_SEED" in os.environ else range(SCHEDULES)
+
+
+BLOCKS = [SEEDS[i : i + BLOCK] for i in range(0, len(SEEDS), BLOCK)]
+
+
+def calm(problem: Problem, chaos: Chaos, _: int) -> tuple[Problem, Chaos, int]:
+    """Five replicas of a run in which nothing goes wrong by itself, with digests compared at every step."""
+    settings = replace(problem.settings, max_steps=6, directions=7, microbatches=2, digest_every=1)
+    quiet = Chaos(0.0, 0.0, 0.01, NEVER, 0.0, NEVER, 0.0, 0.0, 0.0, NEVER, NEVER, False)
+    return Problem(settings), quiet, 5
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"seed {block[0]} on")
+def test_schedule_ends_like_undisturbed_run(block: list[int]) -> None:
+    for seed in block:
+        Simulation(seed, check_purity=seed % 10 == 0).run()
+
+
+def test_every_fault_is_met() -> None:
+    met: Counter[str] = Counter()
+    for seed in range(150):
+        met += Simulation(seed).run().met
+    expected = {
+        "coordinator lives", "power cuts", "messages lost", "crashes", "released: drained", "released: silent",
+        "finished: done", "finished: stopped", "finished: numerics", "finished: storage",
+        "lost", "late", "overdue", "duplicates", "stale", "refused", "failed",
+    }  # fmt: skip
+    assert expected <= set(+met), expected - set(+met)
+    assert met["power cuts"] > 150
+
+
+@pytest.mark.parametrize("fault", ["cut", "torn", "full"])
+def test_fault_in_every_system_call(fault: str) -> None:
+    call = 0
+    while True:
+        call += 1
+        if not Simulation(call, change=calm, disk_fault=(call, fault)).run().disk.faults:
+            break
+    assert call > 6 * 4
+
+
+def test_power_cut_before_every_action() -> None:
+    action = 0
+    while True:
+        action += 1
+        simulation = Simulation(action, change=calm, cut_before_action=action).run()
+        if not simulation.met["power cuts"]:
+            break
+    assert action > 6 * 7 * 2
+
+
+def test_seed_replays_exactly() -> None:
+    traces = {Simulation(seed).run().trace.hexdigest() for seed in (3, 4, 3, 4)}
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_flipped_weights_are_found_and_do_not_change_the_run(step: int) -> None:
+    for seed in range(5):
+        simulation = Simulation(seed, change=calm, flips={"r2": step}).run()
+        assert not simulation.flips
+        assert simulation.met["released: diverged"] == simulation.met["diverged"] == 1
+
+
+def test_flipped_weights_change_the_run_without_comparison() -> None:
+    def blind(problem: Problem, chaos: Chaos, count: int) -> tuple[Problem, Chaos, int]:
+        problem, chaos, count = calm(problem, chaos, count)
+        return Problem(replace(problem.settings, digest_every=None)), chaos, count
+
+    with pytest.raises(InvariantError):
+        Simulation(0, change=blind, flips={"r2": 2}).run()

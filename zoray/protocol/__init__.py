@@ -1,0 +1,80 @@
+"""The protocol between one coordinator and its replicas: a pure kernel and the bytes on the wire.
+
+`transition` (kernel.py) takes every decision; `state.py` is what it remembers, `messages.py` what goes in and out,
+`assign.py` who runs what, `decide.py` what becomes of a step, `wire.py` how requests and answers look as bytes.
+"""
+
+from __future__ import annotations
+
+from zoray.protocol.kernel import transition
+from zoray.protocol.messages import (
+    Action,
+    Answer,
+    AppendCommit,
+    AppendFailed,
+    Assign,
+    CommitDurable,
+    Counters,
+    DigestValue,
+    EvalSums,
+    Evaluation,
+    Event,
+    Failed,
+    Finish,
+    Item,
+    Kind,
+    Payload,
+    ProbeScalars,
+    Refused,
+    Release,
+    RemoveReplica,
+    ReplicaLost,
+    ReplicaReady,
+    Report,
+    StepRecord,
+    StopRequested,
+    Tick,
+    Warn,
+)
+from zoray.protocol.state import Phase, Settings, State, initial_state
+from zoray.protocol.wire import decode_answer, decode_request, encode_answer, encode_request, lacking
+
+__all__ = [
+    "Action",
+    "Answer",
+    "AppendCommit",
+    "AppendFailed",
+    "Assign",
+    "CommitDurable",
+    "Counters",
+    "DigestValue",
+    "EvalSums",
+    "Evaluation",
+    "Event",
+    "Failed",
+    "Finish",
+    "Item",
+    "Kind",
+    "Payload",
+    "Phase",
+    "ProbeScalars",
+    "Refused",
+    "Release",
+    "RemoveReplica",
+    "ReplicaLost",
+    "ReplicaReady",
+    "Report",
+    "Settings",
+    "State",
+    "StepRecord",
+    "StopRequested",
+    "Tick",
+    "Warn",
+    "decode_answer",
+    "decode_request",
+    "encode_answer",
+    "encode_request",
+    "initial_state",
+    "lacking",
+    "transition",
+]

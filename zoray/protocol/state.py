@@ -1,0 +1,208 @@
+"""The coordinator's state: plain data, rebuilt from the ledger alone after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from zoray.errors import ConfigError
+from zoray.protocol.messages import Counters, Item, Kind, Payload
+
+if TYPE_CHECKING:
+    from zoray.aggregate import Aggregate
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the kernel needs of the configuration. Times are in seconds of the carrier's clock.
+
+    Args:
+        learning_rate: pure function of the step (see `zoray.schedule`).
+        eval_shards: pieces one evaluation is divided into; 0: no evaluation at all.
+        digest_every: compare digests every so many steps; None: at the end only. Results that a divergent replica gave
+            in the step it is found in are thrown away.
+        late_factor, late_minimum: an item is late after max(factor * recent median of its kind, minimum).
+        first_deadline: the same while no item of that kind has been answered yet (first calls compile and warm up).
+        overdue_factor: a replica is sent work again after this many deadlines without an answer, doubling each time.
+        max_misses: after this many unanswered, refused or failed assignments in a row the replica is released.
+        max_failures: an item that raised this often, and on every live replica, ends the run.
+
+    Raises:
+        ConfigError: a count is out of range.
+    """
+
+    max_steps: int
+    directions: int
+    learning_rate: Callable[[int], float]
+    microbatches: int = 1
+    weight_decay: float = 0.0
+    max_projected_gradient: float | None = None
+    eval_steps: int | None = None
+    eval_shards: int = 0
+    eval_on_start: bool = True
+    save_steps: int | None = None
+    digest_every: int | None = None
+    max_skipped_steps: int = 5
+    late_factor: float = 4.0
+    late_minimum: float = 1.0
+    first_deadline: float = 60.0
+    overdue_factor: float = 2.0
+    max_misses: int = 5
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[int, int]] = {
+            "directions": (1, 2**32), "microbatches": (1, 2**16), "max_steps": (0, 2**63), "eval_shards": (0, 2**32),
+            "max_skipped_steps": (1, 2**63), "max_misses": (1, 32), "max_failures": (1, 2**31),
+        }  # fmt: skip
+        for key in ("eval_steps", "save_steps", "digest_every"):
+            if getattr(self, key) is not None:
+                limits[key] = (1, 2**63)
+        for key, (low, high) in limits.items():
+            if not low <= (value := getattr(self, key)) < high:
+                raise ConfigError(f"{key} = {value}", where=key, advice=f"use a value from {low} to {high - 1}")
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the weights at `step` are evaluated."""
+        if self.eval_shards == 0:
+            return False
+        if step >= self.max_steps:
+            return True
+        return self.eval_on_start if step == 0 else self.eval_steps is not None and step % self.eval_steps == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether a snapshot of the weights at `step` is due."""
+        return self.save_steps is not None and step > 0 and step % self.save_steps == 0
+
+    def compares(self, step: int) -> bool:
+        """Whether the replicas' digests are compared at `step` while the run goes on."""
+        return self.digest_every is not None and step > 0 and step % self.digest_every == 0
+
+
+class Phase(Enum):
+    """Where the step is: collecting results, waiting for the disk, taking final digests, over."""
+
+    PROBING = "probing"
+    COMMITTING = "committing"
+    CLOSING = "closing"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A live replica: the step it is known to hold, what it runs since when, unanswered assignments in a row."""
+
+    held: int
+    item: Item | None = None
+    since: float = 0.0
+    misses: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """An unanswered item of the current step: when it was last given, and who runs it."""
+
+    since: float
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """A counted result and who gave it; the payload is None for a snapshot that failed."""
+
+    replica: str
+    payload: Payload | None
+
+
+@dataclass(slots=True)
+class State:
+    """Everything the coordinator knows. `transition` never changes the one it is given.
+
+    Of the step in hand: `work` (all its items), `queue` (the same in order; those before `cursor` were given once),
+    `again` (to be given again), `missing` (results still awaited before the step is decided).
+    """
+
+    settings: Settings
+    step: int
+    previous: bytes
+    skipped: int
+    phase: Phase = Phase.PROBING
+    stopping: bool = False
+    opened: float = 0.0
+    decided: float = 0.0
+    pending: Aggregate | None = None
+    queue: tuple[Item, ...] = ()
+    work: frozenset[Item] = frozenset()
+    cursor: int = 0
+    again: tuple[Item, ...] = ()
+    missing: int = 0
+    comparing: bool = False
+    counters: Counters = field(default_factory=Counters)
+    results: dict[Item, Contribution] = field(default_factory=dict)
+    digests: dict[str, int] = field(default_factory=dict)
+    failures: dict[Item, tuple[str, ...]] = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)
+    idle: dict[str, None] = field(default_factory=dict)
+    flights: dict[Item, Flight] = field(default_factory=dict)
+    durations: dict[Kind, tuple[float, ...]] = field(default_factory=dict)
+
+    def copy(self) -> State:
+        """A state that can be changed without touching this one: O(replicas + results of the step), all in C."""
+        return replace(
+            self, results=self.results.copy(), digests=self.digests.copy(), failures=self.failures.copy(),
+            members=self.members.copy(), idle=self.idle.copy(), flights=self.flights.copy(),
+            durations=self.durations.copy(),
+        )  # fmt: skip
+
+    def count(self, name: str) -> None:
+        """Add one to a fault counter."""
+        self.counters = replace(self.counters, **{name: getattr(self.counters, name) + 1})
+
+
+def open_step(state: State, now: float) -> None:
+    """Lay out the work of `state.step`, in place: evaluation and snapshot first, they can be the longest.
+
+    After the last step, or on a stop, there are no probes and every replica gives its digest.
+    """
+    settings, step = state.settings, state.step
+    closing = state.stopping or step >= settings.max_steps
+    items: list[Item] = []
+    if not state.stopping:
+        if settings.evaluates(step):
+            items += [Item(Kind.EVAL, step, shard) for shard in range(settings.eval_shards)]
+        if settings.saves(step):
+            items.append(Item(Kind.SNAPSHOT, step))
+    if not closing:
+        addresses = ((k, m) for k in range(settings.directions) for m in range(settings.microbatches))
+        items += [Item(Kind.PROBE, step, direction, microbatch) for direction, microbatch in addresses]
+    state.phase = Phase.CLOSING if closing else Phase.PROBING
+    state.comparing = closing or settings.compares(step)
+    state.opened, state.pending = now, None
+    state.queue, state.work, state.cursor, state.again = tuple(items), frozenset(items), 0, ()
+    state.missing = sum(counts(state, item) for item in items)
+    state.results, state.digests, state.failures, state.flights = {}, {}, {}, {}
+
+
+def counts(state: State, item: Item) -> bool:
+    """Whether the step waits for this item. A snapshot only optimises replay, so just the end of a run waits for it."""
+    return item.kind is not Kind.SNAPSHOT or state.phase is Phase.CLOSING
+
+
+def initial_state(
+    settings: Settings, next_step: int, previous_hash: bytes, *, skipped: int = 0, now: float = 0.0
+) -> State:
+    """The state of a coordinator that starts or resumes.
+
+    Args:
+        settings: what of the configuration decides.
+        next_step: the first step not in the ledger.
+        previous_hash: hash of the last commit (of the header, when there is none), 32 bytes.
+        skipped: null commits in a row at the end of the ledger, so that a resumed run gives up where it would have.
+        now: the carrier's clock, seconds.
+    """
+    state = State(settings, next_step, previous_hash, skipped)
+    open_step(state, now)
+    return state
