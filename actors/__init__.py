@@ -1,0 +1,1 @@
+"""Ray: the coordinator, the replicas, and the fleet that makes them."""

@@ -1,0 +1,194 @@
+"""The journal of a run: what happened in each step, in the folder's tables, in the log, and as live progress."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from actors.exporter import Exporter
+from zoray.protocol import Evaluation, StepRecord
+from zoray.runs import RunFolder
+
+_RECENT = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Mean seconds of recent steps, and what they went to (per replica)."""
+
+    total: float = 0.0
+    probe: float = 0.0
+    commit: float = 0.0
+    wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is, for whoever watches it.
+
+    Attributes:
+        step, max_steps: committed steps, of so many.
+        loss: of the last step; None before the first.
+        first, last: the first and the latest evaluation.
+        tokens_per_second: training tokens, of recent steps.
+        split: where recent steps' time went.
+        replicas: live ones.
+        sent, received: bytes between the coordinator and all replicas since it started.
+        remaining: seconds left, None while unknown.
+        warnings: all so far.
+        metrics_url: where Prometheus finds the run.
+        finished: whether the run is over.
+    """
+
+    step: int
+    max_steps: int
+    loss: float | None = None
+    first: Evaluation | None = None
+    last: Evaluation | None = None
+    tokens_per_second: float = 0.0
+    split: Split = field(default_factory=Split)
+    replicas: int = 0
+    sent: int = 0
+    received: int = 0
+    remaining: float | None = None
+    warnings: tuple[str, ...] = ()
+    metrics_url: str = ""
+    finished: bool = False
+
+
+class Journal:
+    """Writes down what the coordinator reports.
+
+    Args:
+        folder: of the run.
+        exporter: of its metrics.
+        max_steps: steps of the run.
+    """
+
+    def __init__(self, folder: RunFolder, exporter: Exporter, max_steps: int) -> None:
+        self.folder, self.exporter, self.progress = folder, exporter, Progress(0, max_steps)
+        self._tokens = 0.0
+        self._recent: deque[Split] = deque(maxlen=_RECENT)
+        self._log = _file_logger(folder)
+
+    def begin(self, step: int, replicas: int, metrics_url: str, tokens_per_step: float) -> None:
+        """The run is about to start, or to continue, at a step."""
+        self.progress = replace(self.progress, step=step, replicas=replicas, metrics_url=metrics_url)
+        self._tokens = tokens_per_step
+        self.exporter.begin(step)
+        for row in self.folder.rows("evaluations"):
+            if row["step"] <= step:
+                self._evaluated(Evaluation(row["loss"], row["standard_error"], row["count"], row["correct"]))
+
+    def say(self, text: str) -> None:
+        """A line in the log."""
+        self._log.info(text)
+
+    def warn(self, text: str) -> None:
+        """A warning in the log and in the progress."""
+        self._log.warning(text)
+        self.progress = replace(self.progress, warnings=(*self.progress.warnings, text))
+
+    def exchanged(self, sent: int = 0, received: int = 0) -> None:
+        """Count bytes between the coordinator and a replica."""
+        self.progress = replace(
+            self.progress, sent=self.progress.sent + sent, received=self.progress.received + received
+        )
+        self.exporter.exchanged(sent, received)
+
+    def finished(self) -> None:
+        """The run is over."""
+        self.progress = replace(self.progress, finished=True)
+
+    def report(self, record: StepRecord) -> None:
+        """A step is committed, or the last evaluation is in."""
+        if record.evaluation is not None:
+            self._evaluated(record.evaluation)
+            self.folder.append("evaluations", _evaluation_row(record.step, record.evaluation))
+            self.exporter.evaluated(record.evaluation)
+            loss, error = record.evaluation.loss, record.evaluation.standard_error
+            self._log.info("step %d: held-out loss %.4f ± %.4f", record.step, loss, error)
+        if record.digest is not None:
+            self.digest(record.step, record.digest)
+        if record.aggregate is not None:
+            self._committed(record)
+
+    def digest(self, step: int, digest: int) -> None:
+        """The replicas agree on the digest of the weights at a step."""
+        self.folder.append("digests", {"step": step, "digest": f"{digest:016x}"})
+        self._log.info("step %d: digest %016x", step, digest)
+
+    def _evaluated(self, evaluation: Evaluation) -> None:
+        self.progress = replace(self.progress, first=self.progress.first or evaluation, last=evaluation)
+
+    def _committed(self, record: StepRecord) -> None:
+        total = record.durable - record.opened
+        probe = (record.probe_seconds + record.apply_seconds) / max(record.replicas, 1)
+        commit = record.durable - record.decided
+        split = Split(total, probe, commit, max(0.0, total - probe - commit))
+        self._recent.append(split)
+        mean = Split(*(math.fsum(getattr(s, n) for s in self._recent) / len(self._recent) for n in Split.__slots__))
+        row = self._step_row(record, split)
+        self.folder.append("steps", row)
+        self.exporter.committed(record, split, self._tokens)
+        left = self.progress.max_steps - record.step - 1
+        self.progress = replace(
+            self.progress,
+            step=record.step + 1,
+            loss=row["loss"],
+            tokens_per_second=self._tokens / mean.total if mean.total else 0.0,
+            split=mean,
+            replicas=record.replicas,
+            remaining=left * mean.total,
+        )
+
+    def _step_row(self, record: StepRecord, split: Split) -> dict[str, float]:
+        assert record.aggregate is not None
+        finite = [g for g in record.aggregate.projected_gradients if math.isfinite(g)]
+        return {
+            "step": record.step,
+            "loss": record.aggregate.commit.loss,
+            "learning_rate": record.learning_rate,
+            "gradient_rms": rms(finite),
+            "nonfinite": record.aggregate.nonfinite,
+            "clipped": record.aggregate.clipped,
+            "replicas": record.replicas,
+            "seconds": round(split.total, 6),
+            "probe_seconds": round(split.probe, 6),
+            "commit_seconds": round(split.commit, 6),
+            "wait_seconds": round(split.wait, 6),
+            "tokens": self._tokens,
+            "sent": self.progress.sent,
+            "received": self.progress.received,
+            "time": round(time.time(), 3),
+        }
+
+
+def rms(values: list[float]) -> float:
+    """Root mean square; NaN of nothing."""
+    return math.sqrt(math.fsum(v * v for v in values) / len(values)) if values else math.nan
+
+
+def _evaluation_row(step: int, evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "step": step,
+        "loss": evaluation.loss,
+        "standard_error": evaluation.standard_error,
+        "count": evaluation.count,
+        "correct": evaluation.correct,
+    }
+
+
+def _file_logger(folder: RunFolder) -> logging.Logger:
+    logger = logging.getLogger(f"zoray.run.{folder.name}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(folder.log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logger.addHandler(handler)
+    return logger

@@ -1,0 +1,178 @@
+"""The actor around a replica: loads the model and the data, shows its identity, runs work items."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from zoray.config import RunConfig
+from zoray.errors import ResourceError, ZorayError
+from zoray.identity import Identity, identify, ledger_header
+from zoray.models import check_lengths, check_tokens, load_model, load_tokenizer
+from zoray.protocol import (
+    Answer,
+    DigestValue,
+    EvalSums,
+    Failed,
+    Item,
+    Kind,
+    Payload,
+    ProbeScalars,
+    Refused,
+    decode_request,
+    encode_answer,
+    lacking,
+)
+from zoray.replica import Replica
+from zoray.snapshot import load_newest, save
+from zoray.tasks import batch_for, load_task
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a replica says of itself when it has loaded the model.
+
+    Attributes:
+        identity: compared with that of the other replicas and of the ledger.
+        header: the ledger's header, should this be a new run.
+        weights, trainable: number of weights of the model, and of those that are trained.
+        bytes_per_weight: size of a weight.
+        eval_shards, eval_examples, tokens_per_example: of the task.
+        warnings: what the user should know about the data.
+        node: address of its machine.
+    """
+
+    identity: Identity
+    header: dict[str, object]
+    weights: int
+    trainable: int
+    bytes_per_weight: int
+    eval_shards: int
+    eval_examples: int
+    tokens_per_example: float
+    warnings: tuple[str, ...]
+    node: str
+
+
+class ReplicaActor:
+    """One replica in one process. A plain class; the fleet makes it remote.
+
+    Args:
+        name: of the replica, for messages.
+        config: of the run.
+        snapshots: folder in which the run keeps its snapshots.
+    """
+
+    def __init__(self, name: str, config: RunConfig, snapshots: str) -> None:
+        torch.set_num_threads(config.threads_per_replica)
+        self.name, self.config, self.snapshots = name, config, Path(snapshots)
+        self._run, self._head = "", b""
+
+    def introduce(self) -> Introduction:
+        """Load the model and the data and prove the paths of the forward, on the run's own first batch.
+
+        Raises:
+            ZorayError: the model, the data or the configuration do not fit each other.
+        """
+        config = self.config
+        try:
+            tokenizer = load_tokenizer(config)
+            self.task = load_task(config, tokenizer)
+            model = load_model(config, num_labels=self.task.num_labels, id2label=self.task.id2label)
+            check_lengths(config, model)
+            check_tokens(self.task, model)
+            if config.gpus_per_replica > 0:
+                model.to("cuda")
+            self.device = next(model.parameters()).device
+            self.replica = Replica(
+                model,
+                config.seed,
+                direction=config.direction.kind,
+                rank=config.direction.rank,
+                signs=config.signs,
+                head=config.head,
+            )
+            self.replica.prove(self._batch(Item(Kind.PROBE, 0)), config.epsilon)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"There is not enough memory for a replica: {error}",
+                where=f"replica {self.name}",
+                advice="use fewer replicas per machine, a shorter dtype or a smaller per_direction_batch_size",
+            ) from error
+        identity = identify(self.replica, self.task.digest)
+        sizes = [p.numel() for p in model.parameters()]
+        return Introduction(
+            identity=identity,
+            header=ledger_header(config, identity, self.task),
+            weights=sum(sizes),
+            trainable=self.replica.layout.numel,
+            bytes_per_weight=next(model.parameters()).element_size(),
+            eval_shards=self.task.eval_shards,
+            eval_examples=self.task.eval_size,
+            tokens_per_example=self.task.tokens_per_example,
+            warnings=tuple(self.task.warnings),
+            node=os.uname().nodename,
+        )
+
+    def join(self, genesis: bytes, run: str, next_step: int) -> int:
+        """Take part in a run; returns the step of the weights, that of a snapshot if there is a usable one.
+
+        Args:
+            genesis: hash of the ledger's header, 32 bytes.
+            run: digest of the ledger's header, which binds snapshots to the run.
+            next_step: first step not in the ledger.
+        """
+        self._run = run
+        self._head = load_newest(self.snapshots, self.replica, run, next_step) or genesis
+        return self.replica.step
+
+    def work(self, request: bytes) -> bytes:
+        """Apply the commits that came along, run the item, answer: see `zoray.protocol.wire`.
+
+        What goes wrong with the item itself is an answer too; the coordinator decides what becomes of it.
+        """
+        item, records = decode_request(request)
+        try:
+            started = time.perf_counter()
+            commits = list(lacking(records, self.replica.step, self._head))
+            if commits:
+                self.replica.apply(commits)
+                self._head = commits[-1].hash
+            applied = time.perf_counter() - started
+            if self.replica.step != item.step:
+                reason = "a commit is missing" if self.replica.step < item.step else "it is past that step"
+                return encode_answer(Refused(self.name, item, self.replica.step, reason))
+            return encode_answer(Answer(self.name, item, self._run_item(item, applied)))
+        except (ZorayError, RuntimeError, OSError, MemoryError, ValueError) as error:
+            logging.getLogger(__name__).exception("%s", item)
+            return encode_answer(Failed(self.name, item, f"{type(error).__name__}: {error}"))
+
+    def _run_item(self, item: Item, applied: float) -> Payload:
+        if item.kind is Kind.PROBE:
+            started = time.perf_counter()
+            result = self.replica.probe(
+                item.step, item.direction, self._batch(item), self.config.epsilon, item.microbatch
+            )
+            return ProbeScalars(result.projected_gradient, result.loss, applied, time.perf_counter() - started)
+        if item.kind is Kind.EVAL:
+            return self._evaluate(item.shard)
+        if item.kind is Kind.SNAPSHOT:
+            keep = self.config.save_total_limit
+            return DigestValue(save(self.snapshots, self.replica, self._head, self._run, keep))
+        return DigestValue(self.replica.digest())
+
+    def _batch(self, item: Item) -> dict[str, torch.Tensor]:
+        batch = batch_for(self.task, self.config, item.step, item.direction, item.microbatch)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _evaluate(self, shard: int) -> EvalSums:
+        batch = {name: tensor.to(self.device) for name, tensor in self.task.eval_batch(shard).items()}
+        rows = self.replica.evaluate(batch)
+        losses = (rows.sums / rows.counts)[rows.counts > 0]
+        correct = 0 if rows.correct is None else int(rows.correct.sum())
+        return EvalSums(float(losses.sum()), float(losses.square().sum()), len(losses), correct)

@@ -1,0 +1,124 @@
+"""What replicas must have in common to share a ledger, and what a ledger says of the run it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zoray import __version__
+from zoray.config import RunConfig, mathematics
+from zoray.errors import LedgerError, RunError
+from zoray.proof import Verdict
+from zoray.replica import Replica, base_digest
+from zoray.tasks import Task
+
+LEDGER_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a replica shows at the handshake.
+
+    Attributes:
+        version: of Zoray.
+        base: digest (hex) of the base model: all of its weights and buffers, new heads and adapters included.
+        layout: digest (hex) of the trainable parameters' names, shapes and dtypes.
+        data: digest (hex) of the tokenised training data.
+        verdict: the paths of the forward (see `zoray.proof`).
+    """
+
+    version: str
+    base: str
+    layout: str
+    data: str
+    verdict: Verdict
+
+    def check(self, other: Identity, who: str) -> None:
+        """Refuse a replica that computes something else.
+
+        Raises:
+            RunError: naming the first thing that differs.
+        """
+        words = {
+            "version": "version of Zoray",
+            "base": "base model",
+            "layout": "set of trainable parameters",
+            "data": "training data",
+            "verdict": "path of the forward",
+        }
+        for field, word in words.items():
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                raise RunError(
+                    f"{who} has another {word}: {theirs}, not {mine}.",
+                    where=f"handshake, {field}",
+                    advice="every machine must have the same files and the same version of Zoray",
+                )
+
+
+def identify(replica: Replica, data: str) -> Identity:
+    """The identity of a replica at step 0 whose paths have been proved."""
+    assert replica.verdict is not None
+    return Identity(__version__, f"{base_digest(replica.model):016x}", replica.layout.identity, data, replica.verdict)
+
+
+def ledger_header(config: RunConfig, identity: Identity, task: Task) -> dict[str, Any]:
+    """The header of a new ledger: everything needed to tell whether a model, a configuration or data belong to it."""
+    return {
+        "format": LEDGER_FORMAT,
+        "run_seed": config.seed,
+        "identity": json.loads(json.dumps(asdict(identity))),
+        "labels": {"num_labels": task.num_labels, "id2label": _string_keys(task.id2label)},
+        "mathematics": mathematics(config),
+    }
+
+
+def check_header(header: dict[str, Any], identity: Identity, config: RunConfig, where: str) -> None:
+    """Refuse to continue a ledger with another model, data or mathematics.
+
+    Raises:
+        LedgerError: naming what differs.
+    """
+    old, new = header["mathematics"], mathematics(config)
+    for key in sorted(old.keys() | new.keys()):
+        if key in old and key in new and old[key] != new[key]:
+            raise LedgerError(
+                f"The run was made with {key} = {old[key]!r}, not {new[key]!r}; that would change its mathematics.",
+                where=f"{where}, {key}",
+                advice=f"resume with {key}={old[key]}, or start a new run",
+            )
+    recorded, found = header["identity"], json.loads(json.dumps(asdict(identity)))
+    for field, word in (("base", "base model"), ("layout", "set of parameters"), ("data", "data"), ("verdict", "path")):
+        if recorded[field] != found[field]:
+            raise LedgerError(
+                f"The ledger belongs to another {word}: it says {recorded[field]}, this is {found[field]}.",
+                where=f"{where}, identity.{field}",
+                advice="give it back the files it was made with, or start a new run",
+            )
+
+
+def check_base(header: dict[str, Any], replica: Replica, where: str) -> None:
+    """Refuse to replay a ledger onto another base model.
+
+    Raises:
+        LedgerError: the weights or the parameters are not those the run began with.
+    """
+    found = {"base": f"{base_digest(replica.model):016x}", "layout": replica.layout.identity}
+    for field, value in found.items():
+        if header["identity"][field] != value:
+            raise LedgerError(
+                f"The ledger belongs to another model: its {field} is {header['identity'][field]}, this one's {value}.",
+                where=f"{where}, identity.{field}",
+                advice="give it back the model it was made with (the key `model` of the run's config.yaml)",
+            )
+
+
+def header_digest(header: dict[str, Any]) -> str:
+    """Short digest (hex) of a header, to bind a snapshot to its run."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _string_keys(names: dict[int, str] | None) -> dict[str, str] | None:
+    return None if names is None else {str(key): value for key, value in names.items()}

@@ -1,0 +1,129 @@
+"""The folder of a run: what a person, and a coordinator that resumes, finds of it on disk.
+
+config.yaml      the configuration as resolved
+ledger/          the run itself: the commits
+metrics/         steps.jsonl, evaluations.jsonl, digests.jsonl: one JSON object a line
+snapshots/       step-N/: weights at a step, to shorten replay
+log.txt          what happened, in words
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from zoray.config import RunConfig, dump, load
+from zoray.errors import RunError
+
+Table = Literal["steps", "evaluations", "digests"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run. `create` makes a new one, `find` opens one that exists."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that of its folder."""
+        return self.path.name
+
+    @property
+    def config_path(self) -> Path:
+        """The configuration as resolved."""
+        return self.path / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of the ledger."""
+        return self.path / "ledger"
+
+    @property
+    def snapshots(self) -> Path:
+        """Folder of the snapshots."""
+        return self.path / "snapshots"
+
+    @property
+    def log(self) -> Path:
+        """The log, in words."""
+        return self.path / "log.txt"
+
+    @staticmethod
+    def create(config: RunConfig, stem: str) -> RunFolder:
+        """A new folder under `output_dir`, named `run_name`, or `stem` and four hexadecimal digits.
+
+        Raises:
+            RunError: a folder of that name exists, or it cannot be made.
+        """
+        name = (
+            config.run_name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('-.') or 'run'}-{secrets.token_hex(2)}"
+        )
+        path = Path(config.output_dir).absolute() / name
+        try:
+            path.mkdir(parents=True)
+            for part in ("metrics", "snapshots"):
+                (path / part).mkdir()
+        except FileExistsError:
+            raise RunError(
+                f"The run {name} exists already.",
+                where=str(path),
+                advice=f"continue it with `zoray resume {name}`, or choose another run_name",
+            ) from None
+        except OSError as error:
+            raise RunError(f"The folder of the run cannot be made: {error}.", where=str(path)) from error
+        folder = RunFolder(path)
+        folder.write_config(config)
+        return folder
+
+    @staticmethod
+    def find(run: str, output_dir: str = "runs") -> RunFolder:
+        """The folder of a run, given by its path or by its name under `output_dir`.
+
+        Raises:
+            RunError: there is no such run; the error lists those there are.
+        """
+        for path in (Path(run), Path(output_dir) / run):
+            if (path / "config.yaml").is_file():
+                return RunFolder(path.absolute())
+        known = sorted(path.parent.name for path in Path(output_dir).glob("*/config.yaml"))
+        raise RunError(
+            f"There is no run {run!r}.",
+            where=str(Path(output_dir).absolute()),
+            advice="give one of: " + ", ".join(known) if known else "start one with `zoray train CONFIG`",
+        )
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the configuration as resolved."""
+        temporary = self.config_path.with_suffix(".tmp")
+        temporary.write_text(dump(config))
+        temporary.replace(self.config_path)
+
+    def config(self, overrides: list[str] | None = None) -> RunConfig:
+        """The run's configuration, with overrides of the form `key=value`."""
+        return load(self.config_path, overrides or [])
+
+    def append(self, table: Table, row: Mapping[str, Any]) -> None:
+        """Add one line to a table of metrics."""
+        with (self.path / "metrics" / f"{table}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, table: Table) -> Iterator[dict[str, Any]]:
+        """The rows of a table in order; a step that was run again after a crash counts once, the last time.
+
+        A last line that was cut off by a crash is passed over.
+        """
+        path = self.path / "metrics" / f"{table}.jsonl"
+        found: dict[int, dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            found[int(row["step"])] = row
+        yield from (found[step] for step in sorted(found))

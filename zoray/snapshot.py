@@ -1,0 +1,151 @@
+"""Snapshots: the trainable weights at a step, to shorten replay; and how a replica gets to any step of a run.
+
+A snapshot is never the truth: it is bound to its run, carries the digest of its weights, is written beside its place
+and renamed into it, and is passed over with a warning if anything about it is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from zoray.digest import digest
+from zoray.errors import LedgerError, RunError
+from zoray.identity import check_base, header_digest
+from zoray.ledger import Ledger
+from zoray.replica import Replica
+
+_log = logging.getLogger(__name__)
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """What stands beside the weights: step, hash of the last commit applied (hex), digest (hex), run (hex)."""
+
+    step: int
+    head: str
+    digest: str
+    run: str
+
+
+def save(folder: Path, replica: Replica, head: bytes, run: str, keep: int | None = None) -> int:
+    """Write the replica's weights to folder/step-N and return their digest; an existing snapshot of that step stays.
+
+    Args:
+        folder: the run's snapshots.
+        head: hash of the last commit applied.
+        run: `header_digest` of the run's ledger.
+        keep: delete all but the newest so many.
+
+    Raises:
+        OSError: the storage is full or gone.
+    """
+    value = replica.digest()
+    place = folder / f"{_PREFIX}{replica.step}"
+    if not place.exists():
+        temporary = folder / f".{place.name}.{os.getpid()}"
+        temporary.mkdir(parents=True)
+        try:
+            state = {name: tensor.contiguous().cpu() for name, tensor in replica.memory.state().items()}
+            save_file(state, temporary / "weights.safetensors")
+            info = SnapshotInfo(replica.step, head.hex(), f"{value:016x}", run)
+            (temporary / "snapshot.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
+            for path in (*temporary.iterdir(), temporary):
+                _fsync(path)
+            temporary.rename(place)
+            _fsync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    for old in steps(folder)[:-keep] if keep else []:
+        shutil.rmtree(folder / f"{_PREFIX}{old}", ignore_errors=True)
+    return value
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps there are snapshots of, ascending."""
+    names = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def load_newest(folder: Path, replica: Replica, run: str, at_most: int) -> bytes | None:
+    """Bring the replica to the newest usable snapshot at or before a step.
+
+    Returns:
+        The hash of the last commit in it; None if there is none, and then the replica is as it was.
+    """
+    for step in reversed(steps(folder)):
+        if replica.step < step <= at_most:
+            place = folder / f"{_PREFIX}{step}"
+            try:
+                return _load(place, replica, run)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+                _log.warning("the snapshot %s is passed over: %s", place, error)
+    return None
+
+
+def _load(place: Path, replica: Replica, run: str) -> bytes:
+    info = SnapshotInfo(**json.loads((place / "snapshot.json").read_text()))
+    if info.run != run:
+        raise ValueError("it belongs to another run")
+    state = load_file(place / "weights.safetensors")
+    for name, tensor in replica.memory.state().items():
+        if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} is {state[name].dtype} {tuple(state[name].shape)}")
+    found = f"{digest(state.items()):016x}"
+    if found != info.digest:
+        raise ValueError(f"its digest is {found}, not {info.digest}")
+    replica.load(state, info.step)
+    return bytes.fromhex(info.head)
+
+
+def replay(replica: Replica, ledger: Ledger, snapshots: Path | None, step: int | None = None) -> None:
+    """Bring a replica of the base model to a step of a run: the newest usable snapshot, then the commits behind it.
+
+    Args:
+        replica: at step 0.
+        ledger: the run's ledger.
+        snapshots: folder of its snapshots; None to replay from the base model.
+        step: the step to reach; by default the last one.
+
+    Raises:
+        LedgerError: the ledger belongs to another model.
+        RunError: the step is not in the ledger.
+    """
+    check_base(ledger.header, replica, str(ledger.path))
+    goal = ledger.next_step if step is None else step
+    if not 0 <= goal <= ledger.next_step:
+        raise RunError(
+            f"The run has no step {goal}.", where=str(ledger.path), advice=f"give a step from 0 to {ledger.next_step}"
+        )
+    if snapshots is not None:
+        head = load_newest(snapshots, replica, header_digest(ledger.header), goal)
+        if head is not None and head != head_at(ledger, replica.step):
+            raise LedgerError(
+                f"The snapshot of step {replica.step} was made with other commits than the ledger has.",
+                where=str(snapshots),
+                advice="delete that snapshot: replay makes up for it",
+            )
+    replica.apply(list(ledger.commits(replica.step, goal)))
+
+
+def head_at(ledger: Ledger, step: int) -> bytes:
+    """Hash of the last commit before a step: of the header for step 0."""
+    if step == 0:
+        return ledger.genesis
+    return next(iter(ledger.commits(step - 1, step))).hash
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
