@@ -1,0 +1,1 @@
+"""The command line `zoray` and the folder a run leaves behind."""

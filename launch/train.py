@@ -1,0 +1,119 @@
+"""`zoray train` and `zoray resume`: make or find the run's folder, reach a cluster, watch the coordinator."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.cluster import connect
+from launch.preflight import check_memory, check_paths
+from launch.progress import Watcher
+from zoray.config import RunConfig, changed, load
+from zoray.errors import LedgerError, NumericsError, RunError, ZorayError
+from zoray.runs import RunFolder
+
+STOPPED = 130
+"""Exit status of a run that was ended by Ctrl-C, as a shell would have it."""
+
+
+def train(config_path: str, overrides: list[str]) -> None:
+    """Start a run and see it to its end.
+
+    Raises:
+        ZorayError: the run cannot start, or ended with a fault.
+        SystemExit: it was stopped at a step boundary.
+    """
+    config = load(config_path, overrides)
+    check_paths(config)
+    check_memory(config)
+    folder = RunFolder.create(config, Path(config_path).stem)
+    try:
+        _follow(folder, config, resume=False)
+    except ZorayError:
+        if not (folder.ledger / "commits.bin").exists():
+            shutil.rmtree(folder.path)
+        raise
+
+
+def resume(run: str, overrides: list[str]) -> None:
+    """Continue a run with the first step that is not in its ledger.
+
+    Raises:
+        ZorayError: the run cannot continue; the error names the key if an override would change its mathematics.
+        SystemExit: it was stopped again.
+    """
+    folder = RunFolder.find(run)
+    before, config = folder.config(), folder.config(overrides)
+    for key, old, new in changed(before, config):
+        raise RunError(
+            f"{key} was {old!r} and would become {new!r}; that would change the mathematics of the run.",
+            where=f"{folder.config_path}, {key}",
+            advice="resume without it, or start a new run",
+        )
+    if not (folder.ledger / "commits.bin").exists():
+        raise RunError(
+            "The run has no ledger: it ended before its first step.",
+            where=str(folder.path),
+            advice="start it anew with `zoray train`",
+        )
+    check_memory(config)
+    _follow(folder, config, resume=True)
+
+
+def _follow(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
+    """Run a coordinator on the cluster's head and show its progress until the run is over."""
+    watcher = Watcher(folder, config)
+    with watcher.starting():
+        place = connect(config)
+        import ray
+
+        from actors.coordinator import Coordinator
+        from actors.fleet import receive
+
+        options: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}, "max_concurrency": 4}
+        # Ray makes methods remote at run time, behind the back of any type checker.
+        coordinator: Any = ray.remote(Coordinator).options(**options).remote(config, str(folder.path))
+        prepared = receive(coordinator.prepare.remote(resume), "coordinator")
+        if resume:
+            folder.write_config(config)
+    watcher.begin(prepared, place)
+    running = coordinator.run.remote()
+    with _interrupts(lambda: coordinator.stop.remote()) as interrupted:
+        while not ray.wait([running], timeout=watcher.interval)[0]:
+            watcher.show(receive(coordinator.progress.remote(), "coordinator"), stopping=interrupted.is_set())
+    finish = receive(running, "coordinator")
+    progress = receive(coordinator.progress.remote(), "coordinator")
+    watcher.end(progress, finish, receive(coordinator.ledger_bytes.remote(), "coordinator"))
+    ray.shutdown()
+    _conclude(finish, folder)
+
+
+def _conclude(finish: Any, folder: RunFolder) -> None:
+    if finish.reason == "stopped":
+        raise SystemExit(STOPPED)
+    kinds: dict[str, type[ZorayError]] = {"numerics": NumericsError, "storage": LedgerError, "failed": RunError}
+    if finish.reason in kinds:
+        raise kinds[finish.reason](finish.text, where=f"step {finish.step} of {folder.name}", advice=finish.advice)
+
+
+@contextmanager
+def _interrupts(stop: Any) -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into a stop at the next step boundary for the time of the block."""
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
