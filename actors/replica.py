@@ -172,7 +172,4 @@ class ReplicaActor:
 
     def _evaluate(self, shard: int) -> EvalSums:
         batch = {name: tensor.to(self.device) for name, tensor in self.task.eval_batch(shard).items()}
-        rows = self.replica.evaluate(batch)
-        losses = (rows.sums / rows.counts)[rows.counts > 0]
-        correct = 0 if rows.correct is None else int(rows.correct.sum())
-        return EvalSums(float(losses.sum()), float(losses.square().sum()), len(losses), correct)
+        return EvalSums(*self.replica.evaluate(batch).summary())

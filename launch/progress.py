@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress as Bar, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from zoray.config import RunConfig
@@ -38,7 +39,7 @@ class Watcher:
         self._next_line = 0
         self._evaluations = 0
         self._started = time.monotonic()
-        self._first_step = 0
+        self._first_step = self._trainable = self._replicas = 0
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -57,6 +58,7 @@ class Watcher:
         self._started, self._first_step = time.monotonic(), prepared.next_step
         self._next_line = prepared.next_step
         about = prepared.introduction
+        self._trainable, self._replicas = about.trainable, prepared.replicas
         share = "" if about.trainable == about.weights else f", {about.trainable:,} of them trained"
         config = self.config
         self.console.print(f"run {self.folder.name} on {place}", markup=False)
@@ -95,13 +97,23 @@ class Watcher:
         self.console.print(f"{finish.text}: {done} steps in {clock(seconds)}", markup=False)
         if progress.first is not None and progress.last is not None:
             self.console.print(f"  held-out loss {outcome(progress.first, progress.last)}", markup=False)
-        self.console.print(f"  exchanged {size(progress.sent + progress.received)}, ledger {size(ledger_bytes)}")
+        self._say_exchange(progress, done, ledger_bytes)
         if finish.digest is not None:
             self.console.print(f"  digest of the weights {finish.digest:016x}, the same on every replica")
         name = self.folder.name
         again = [] if finish.reason == "done" else [f"zoray resume {name}"]
         for command in (*again, f"zoray verify {name}", f"zoray export {name} --to DIR", f"zoray plot {name}"):
             self.console.print(f"  {command}", markup=False)
+
+    def _say_exchange(self, progress: Progress, steps: int, ledger_bytes: int) -> None:
+        """Bytes exchanged, against what data-parallel training would have sent for the same steps."""
+        gradients = 2 * self._trainable * steps * self._replicas
+        exchanged = progress.sent + progress.received
+        text = f"  exchanged {size(exchanged)} in all; data-parallel training would have sent {size(gradients)}"
+        if exchanged and gradients > exchanged:
+            text += f", {gradients / exchanged:,.0f} times as much"
+        self.console.print(text, markup=False)
+        self.console.print(f"  (2 bytes per trained weight, step and replica); the ledger has {size(ledger_bytes)}")
 
 
 def panel(progress: Progress, stopping: bool) -> RenderableType:

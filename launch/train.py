@@ -41,14 +41,14 @@ def train(config_path: str, overrides: list[str]) -> None:
         raise
 
 
-def resume(run: str, overrides: list[str]) -> None:
+def resume(run: str, overrides: list[str], output_dir: str = "runs") -> None:
     """Continue a run with the first step that is not in its ledger.
 
     Raises:
         ZorayError: the run cannot continue; the error names the key if an override would change its mathematics.
         SystemExit: it was stopped again.
     """
-    folder = RunFolder.find(run)
+    folder = RunFolder.find(run, output_dir)
     before, config = folder.config(), folder.config(overrides)
     for key, old, new in changed(before, config):
         raise RunError(

@@ -48,6 +48,12 @@ class RowLosses:
         """Mean over all targets of some rows; NaN where there is none."""
         return float(self.sums[rows].sum() / self.counts[rows].sum())
 
+    def summary(self) -> tuple[float, float, int, int]:
+        """Over the rows that have a target: sum of the mean losses, sum of their squares, rows, and correct ones."""
+        losses = (self.sums / self.counts)[self.counts > 0]
+        correct = 0 if self.correct is None else int(self.correct.sum())
+        return float(losses.sum()), float(losses.square().sum()), len(losses), correct
+
 
 LossFunction = Callable[[nn.Module, Batch], RowLosses]
 """A custom loss: it may call the model as it likes, and must keep one entry per row of the batch, in order."""

@@ -53,7 +53,7 @@ class Active:
         return -self.epsilon if self.signs is Signs.MINUS else self.epsilon
 
     def factors(self, spec: ParamSpec, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Signs (a, b) of a rank-r parameter, shapes (r, rows) and (r, cols), on the device and in the dtype of `like`."""
+        """Signs (a, b) of a rank-r parameter, shapes (r, rows) and (r, cols), on `like`'s device and in its dtype."""
         if spec.name not in self._factors:
             left, right = factors_from(self._packed[spec.offset : spec.end], spec)
             assert left is not None

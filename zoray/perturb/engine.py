@@ -63,7 +63,12 @@ class Engine:
                 and module._parameters.get("weight") is not None
             ):
                 return LinearLayer(module, transposed, weight, bias)
-            if forward is nn.Embedding.forward and weight is not None and weight.rank and module.max_norm is None:
+            if (
+                forward is nn.Embedding.forward
+                and weight is not None
+                and weight.rank
+                and getattr(module, "max_norm", None) is None
+            ):
                 return EmbeddingLayer(module, weight)
             if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
                 return NormLayer(module, weight, bias)  # type: ignore[arg-type]

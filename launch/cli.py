@@ -1,0 +1,138 @@
+"""The command `zoray`. Nothing heavy is imported until a command runs, so that help comes at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from zoray import __version__
+from zoray.errors import ZorayError
+
+app = typer.Typer(
+    name="zoray",
+    help="Fine-tune language models on a Ray cluster without backpropagation: one byte per gradient.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Run = Annotated[str, typer.Argument(help="Name of a run, or the path of its folder.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads the annotation on Python 3.10)
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the configuration to change, as in task.max_length=64."),
+]
+Step = Annotated[Optional[int], typer.Option(help="Step of the weights; by default the last one.")]  # noqa: UP045
+Runs = Annotated[str, typer.Option("--output-dir", help="Folder the runs are in.")]
+
+
+def main() -> None:
+    """Run the command; a fault of the user's is said in a few lines, and decides the exit status."""
+    try:
+        app()
+    except ZorayError as error:
+        if os.environ.get("ZORAY_DEBUG"):
+            raise
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(error.exit_code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"zoray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["ZORAY_DEBUG"] = "1"
+
+
+@app.command()
+def train(config: Annotated[str, typer.Argument(help="The run's YAML file.")], overrides: Overrides = None) -> None:
+    """Start a run and see it to its end. Ctrl-C ends it at a step boundary."""
+    from launch.train import train as run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def resume(run: Run, overrides: Overrides = None, output_dir: Runs = "runs") -> None:
+    """Continue a run with the first step that is not in its ledger."""
+    from launch.train import resume as again
+
+    again(run, overrides or [], output_dir)
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    step: Step = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    output_dir: Runs = "runs",
+) -> None:
+    """Evaluate a run's weights on its held-out data, in this process."""
+    from launch.evaluate import evaluate as measure
+
+    measure(run, step, as_json, output_dir)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    step: Step = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="A LoRA run's adapter alone, not merged.")] = False,
+    output_dir: Runs = "runs",
+) -> None:
+    """Write a run's model as a plain Hugging Face folder."""
+    from launch.export import export as write
+
+    write(run, to, step, adapter, output_dir)
+
+
+@app.command()
+def verify(run: Run, output_dir: Runs = "runs") -> None:
+    """Check the ledger's hash chain, then replay it from the base model to every recorded digest."""
+    from launch.verify import verify as check
+
+    check(run, output_dir)
+
+
+@app.command()
+def log(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with all terms.")] = False,
+    parquet: Annotated[Optional[Path], typer.Option(help="Write a Parquet file.")] = None,  # noqa: UP045
+    last: Annotated[Optional[int], typer.Option(min=1, help="Only the last so many steps.")] = None,  # noqa: UP045
+    output_dir: Runs = "runs",
+) -> None:
+    """Show a run's ledger."""
+    from launch.log import log as show
+
+    show(run, as_json, parquet, last, output_dir)
+
+
+@app.command()
+def plot(
+    run: Run,
+    to: Annotated[Optional[Path], typer.Option(help="The PNG; by default plot.png in the run's folder.")] = None,  # noqa: UP045
+    output_dir: Runs = "runs",
+) -> None:
+    """Draw a run: loss, evaluation, gradient size, step time."""
+    from launch.plot import plot as draw
+
+    draw(run, to, output_dir)
+
+
+if __name__ == "__main__":
+    main()
