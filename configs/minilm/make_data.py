@@ -8,7 +8,8 @@ Usage, from the root of the repository::
 
     .venv/bin/python configs/minilm/make_data.py [FOLDER]
 
-writes FOLDER/data/{train,eval}.jsonl, rows ``{"text": ..., "label": library}``, and FOLDER/model (default: this folder).
+writes FOLDER/data/{train,eval}.jsonl, rows ``{"text": ..., "label": library}``, and
+FOLDER/model (default: this folder).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ TRAIN, EVAL = 400, 100
 
 MIN_WORDS, MAX_WORDS = 12, 80
 EVAL_SHARE = 0.2
-_NAMES = re.compile(r"\b(matplotlib|mpl|pyplot|plt|numpy|np|ray|scipy|torch|pytorch|transformers|hugging ?face)\b", re.I)
+_NAMES = re.compile(
+    r"\b(matplotlib|mpl|pyplot|plt|numpy|np|ray|scipy|torch|pytorch|transformers|hugging ?face)\b", re.I
+)
 
 
 def docstrings(folder: Path) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """Make the quickstart's data: the Python language reference, as training and evaluation prose.
 
-Every Python carries the text of its language reference in `pydoc_data.topics` (what `help("import")` prints), so this is
-real prose that needs no network. Topics quote each other, often whole chapters at a time, so a split by topic alone would
-leak. Three rules keep the two files apart:
+Every Python carries the text of its language reference in `pydoc_data.topics` (what `help("import")` prints), so this
+is real prose that needs no network. Topics quote each other, often whole chapters at a time, so a split by topic alone
+would leak. Three rules keep the two files apart:
 
 1. a paragraph that occurs in several topics is kept only in the first of them, in the order of their names;
 2. a topic belongs to one file only, decided by a hash of its name, so it does not move when topics are added;
@@ -12,7 +12,8 @@ Usage, from the root of the repository; the same Python version writes the same 
 
     .venv/bin/python configs/quickstart/make_data.py [FOLDER]
 
-writes FOLDER/train.jsonl and FOLDER/eval.jsonl (default: `data/` beside this file), rows ``{"topic": ..., "text": ...}``.
+writes FOLDER/train.jsonl and FOLDER/eval.jsonl (default: `data/` beside this file), rows
+``{"topic": ..., "text": ...}``.
 """
 
 from __future__ import annotations
