@@ -34,7 +34,7 @@ def tensor_digest(name: str, values: torch.Tensor, start: int = 0) -> int:
         odd = index.mul_(_signed(_A)).add_(_signed((start + begin) * _A + key))
         odd = odd.bitwise_xor_(odd >> 29).mul_(_signed(_B))
         odd = odd.bitwise_xor_(odd >> 32).bitwise_or_(1)
-        total += int(bits.mul_(odd).sum())
+        total += int(odd.mul_(bits).sum())
     return total & _MASK
 
 

@@ -162,7 +162,7 @@ class SimulatedCoordinator:
     def tick(self, life: int) -> None:
         if self.up and life == self.life:
             self.feed(Tick())
-            self.world.at(self.world.now + 0.5, lambda: self.tick(life))
+            self.world.at(self.world.now + 1.0, lambda: self.tick(life))
 
     def crash(self) -> None:
         """Lose the process and what the disk had not synced."""

@@ -98,6 +98,20 @@ def test_tied_weights_stay_tied(tmp_path: Path, tiny_model: Any) -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
+def test_parameters_over_one_memory_stay_one_weight() -> None:
+    from zoray.models.load import _reallocate
+
+    model = nn.Module()
+    model.one = nn.Parameter(torch.arange(12.0).reshape(3, 4).t())
+    model.two = nn.Parameter(torch.zeros(0))
+    model.two.data = model.one.data
+    model.three = nn.Parameter(model.one.detach().clone())
+    _reallocate(model)
+    assert model.one.data_ptr() == model.two.data_ptr() != model.three.data_ptr()
+    assert model.one.is_contiguous()
+    assert torch.equal(model.one, torch.arange(12.0).reshape(3, 4).t())
+
+
 def test_weights_outlive_the_file(tmp_path: Path, tiny_model: Any) -> None:
     """No parameter is a view of the checkpoint's pages."""
     folder = tiny_model("gpt2", tmp_path)

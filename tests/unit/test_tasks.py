@@ -28,7 +28,7 @@ TEXTS = ["the quick brown fox", "a dull film", "one byte per gradient", "the led
 
 
 def jsonl(path: Path, rows: Rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

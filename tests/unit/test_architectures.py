@@ -1,0 +1,170 @@
+"""Any Hugging Face model: perturbed losses equal those of a copy whose weights were really perturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from tests.unit.helpers import really_perturbed
+from zoray.replica import Replica
+
+TEXT = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZE, "num_key_value_heads": 2}
+HEAD = {**GROUPED, "head_dim": 8}
+EPSILON = 1e-2
+
+
+def gpt2() -> Any:
+    config = hf.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=64, **TEXT)
+    return hf.GPT2LMHeadModel(config)
+
+
+def opt() -> Any:
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return hf.OPTForCausalLM(hf.OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64, **TEXT))
+
+
+def t5() -> Any:
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, decoder_start_token_id=0, **TEXT))
+
+
+def bart() -> Any:
+    both = {"layers": 1, "ffn_dim": 64, "attention_heads": 4}
+    sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in both.items()}
+    return hf.BartForConditionalGeneration(hf.BartConfig(d_model=32, **sizes, decoder_start_token_id=2, **TEXT))
+
+
+def vit() -> Any:
+    return hf.ViTForImageClassification(hf.ViTConfig(**SIZE, image_size=16, patch_size=4, num_labels=3))
+
+
+MODELS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
+    # name: (make, both signs in one forward, head in slices)
+    "gpt2": (gpt2, True, True),
+    "opt": (opt, True, True),
+    "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, **TEXT)), True, True),
+    "qwen3": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**HEAD, **TEXT)), True, True),
+    "gemma": (lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**HEAD, **TEXT)), True, True),
+    "gemma2": (lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**HEAD, **TEXT)), True, False),
+    "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, **TEXT)), True, True),
+    "mixtral": (lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4, **TEXT)), True, True),
+    "bloom": (lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **TEXT)), True, True),
+    "mamba": (
+        lambda: hf.MambaForCausalLM(hf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **TEXT)),
+        False,
+        True,
+    ),
+    "t5": (t5, False, True),
+    "bart": (bart, True, False),
+    "bert": (lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZE, num_labels=3, **TEXT)), True, False),
+    "bert-mlm": (lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZE, **TEXT)), True, True),
+    "roberta": (
+        lambda: hf.RobertaForSequenceClassification(
+            hf.RobertaConfig(**SIZE, num_labels=3, max_position_embeddings=66, **TEXT)
+        ),
+        True,
+        False,
+    ),
+    "vit": (vit, True, False),
+}
+
+
+def load(make: Callable[[], Any], folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model, saved and loaded as a user would; norms and biases are moved off 1 and 0."""
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, dtype=dtype)
+
+
+def batch_for(model: Any) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    classes = torch.tensor([0, 2, 1])
+    if hasattr(model.config, "image_size"):
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator), "labels": classes}
+    ids = torch.randint(3, 97, (3, 10), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[1, 7:] = mask[1, 7:] = 0
+    labels = classes if "Sequence" in type(model).__name__ else ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def check(model: Any, tolerance: float, **options: Any) -> Replica:
+    """Both losses of some probes against really perturbed copies, and the weights untouched."""
+    batch = batch_for(model)
+    replica = Replica(model, run_seed=5, **options)
+    before = replica.digest()
+    replica.prove(batch)
+    for step, index in ((0, 0), (7, 3)):
+        assert replica._prober is not None
+        found = replica._prober.losses(step, index, batch, EPSILON)
+        with torch.no_grad():
+            expected = [
+                float(really_perturbed(model, replica, step, index, s * EPSILON)(**batch).loss) for s in (1, -1)
+            ]
+        assert found == pytest.approx(expected, abs=tolerance)
+        assert abs(expected[0] - expected[1]) > 4 * tolerance, "the direction must matter, or nothing is shown"
+    assert replica.digest() == before
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    return replica
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_perturbed_losses_are_those_of_perturbed_weights(name: str, tmp_path: Path) -> None:
+    make, batched, chunked = MODELS[name]
+    replica = check(load(make, tmp_path), 5e-6)
+    assert replica.verdict is not None
+    assert (replica.verdict.batched, replica.verdict.chunked) == (batched, chunked), replica.verdict.reasons
+    if not batched or (not chunked and "labels" in name):
+        assert replica.verdict.reasons, "a slower path must be said"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
+@pytest.mark.parametrize(
+    "options", [{"signs": "sequential"}, {"head": "full"}, {"rank": 4}, {"direction": "rademacher"}]
+)
+def test_other_paths_and_directions(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    check(load(MODELS[name][0], tmp_path), 5e-6, **options)
+
+
+@pytest.mark.parametrize("name", ["opt", "bert"])
+def test_gaussian_directions(name: str, tmp_path: Path) -> None:
+    check(load(MODELS[name][0], tmp_path), 5e-6, direction="gaussian")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bfloat16(name: str, tmp_path: Path) -> None:
+    """Half precision rounds every activation, so the two ways agree only as far as that."""
+    model = load(MODELS[name][0], tmp_path, torch.bfloat16)
+    batch = batch_for(model)
+    replica = Replica(model)
+    before = replica.digest()
+    twin = load(MODELS[name][0], tmp_path)
+    exact = Replica(twin)
+    found = [replica.probe(0, k, batch, 0.05).projected_gradient for k in range(12)]
+    expected = [exact.probe(0, k, batch, 0.05).projected_gradient for k in range(12)]
+    assert replica.digest() == before
+    assert float(torch.corrcoef(torch.tensor([found, expected]))[0, 1]) > 0.97
+
+
+def test_lora_through_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = load(gpt2, tmp_path)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    replica = check(model, 5e-6)
+    assert all("lora" in spec.name for spec in replica.layout.specs)

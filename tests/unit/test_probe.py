@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+from tests.unit.helpers import commit_of
+from tests.unit.test_architectures import batch_for, gpt2
+from zoray.aggregate import commit
+from zoray.loss import RowLosses
+from zoray.replica import Replica
+
+KINDS = [("rank", 1), ("rank", 4), ("rademacher", 1), ("gaussian", 1)]
+
+
+def quadratic() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Least squares: inputs and targets are fixed, one linear layer and a bias are to be found."""
+    torch.manual_seed(0)
+    model = nn.Linear(12, 10)
+    x = torch.randn(64, 12)
+    return model, {"x": x, "labels": x @ torch.randn(12, 10) + 1.0}
+
+
+def squared(model: nn.Module, batch: dict[str, torch.Tensor]) -> RowLosses:
+    losses = (model(batch["x"]) - batch["labels"]).double().square().mean(1)
+    return RowLosses(losses, torch.ones(len(losses), dtype=torch.int64))
+
+
+def train(sign: int, kind: str, rank: int) -> tuple[float, float]:
+    model, batch = quadratic()
+    replica = Replica(model, direction=kind, rank=rank, loss=squared)  # type: ignore[arg-type]
+    before = replica.evaluate(batch).mean()
+    for step in range(60):
+        probes = [replica.probe(step, k, batch, 1e-3) for k in range(8)]
+        replica.apply(commit(step, probes, learning_rate=sign * 0.03))
+    return before, replica.evaluate(batch).mean()
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
+def test_the_update_goes_downhill_and_a_flipped_sign_uphill(kind: str, rank: int) -> None:
+    before, after = train(1, kind, rank)
+    assert after < 0.5 * before
+    before, after = train(-1, kind, rank)
+    assert not after < before
+
+
+def test_a_small_transformer_learns_its_batch() -> None:
+    torch.manual_seed(0)
+    model = gpt2()
+    batch = batch_for(model)
+    replica = Replica(model)
+    before = replica.evaluate(batch).mean()
+    for step in range(60):
+        probes = [replica.probe(step, k, batch, 1e-3) for k in range(8)]
+        replica.apply(commit(step, probes, learning_rate=2e-3))
+    assert replica.evaluate(batch).mean() < before - 0.1
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
+def test_the_mean_of_probes_converges_to_the_gradient(kind: str, rank: int) -> None:
+    """Cosine of (1/K) sum g_k z_k to the backprop gradient against sqrt(K / (K + d + 1)), the theory for dense noise.
+
+    Rank-1 noise has a heavier fourth moment on matrices, which costs a factor of at most about 2 in K here.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 12))
+    x, y = torch.randn(32, 10), torch.randn(32, 12)
+    batch = {"x": x, "labels": y}
+    squared(model, batch).sums.mean().backward()
+    truth = parameters_to_vector([p.grad for _, p in sorted(model.named_parameters())]).double()
+    replica = Replica(model, direction=kind, rank=rank, loss=squared)  # type: ignore[arg-type]
+    size = replica.layout.numel
+    count = 4 * size
+    estimate = torch.zeros(size, dtype=torch.float64)
+    cosines = {}
+    for k in range(count):
+        gradient = replica.probe(0, k, batch, 1e-3).projected_gradient
+        z = torch.cat([replica.directions.dense((0, k), spec).flatten() for spec in replica.layout.specs])
+        estimate += gradient * z.double()
+        if k + 1 in (size // 4, size, count):
+            cosines[k + 1] = float(torch.cosine_similarity(estimate, truth, dim=0))
+    for k, cosine in cosines.items():
+        theory = math.sqrt(k / (k + size + 1))
+        lower = (0.75 if kind == "rank" else 0.95) * theory - 0.05
+        assert lower < cosine < min(1.0, theory + 0.1), (k, cosine, theory)
+    scale = float(estimate @ truth / count / (truth @ truth))
+    assert scale == pytest.approx(1.0, abs=0.25)
+
+
+@pytest.mark.parametrize("signs", ["batched", "sequential"])
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
+def test_the_direction_that_perturbs_is_the_one_that_updates(signs: str, kind: str, rank: int) -> None:
+    """On a linear loss g = <grad, z> exactly, whatever epsilon; and the update moves the weights along that same z."""
+    torch.manual_seed(0)
+    model = nn.Linear(9, 8)
+    batch = {"x": torch.randn(4, 9), "labels": torch.randn(4, 8)}
+
+    def linear(net: nn.Module, data: dict[str, torch.Tensor]) -> RowLosses:
+        labels = torch.cat([data["labels"]] * (len(data["x"]) // len(data["labels"])))
+        return RowLosses((net(data["x"]) * labels).double().sum(1), torch.ones(len(data["x"]), dtype=torch.int64))
+
+    replica = Replica(model, direction=kind, rank=rank, signs=signs, loss=linear)  # type: ignore[arg-type]
+    weight = batch["labels"].t() @ batch["x"] / 4
+    bias = batch["labels"].mean(0)
+    for step in range(4):
+        for index in range(3):
+            z = {spec.name: replica.directions.dense((step, index), spec) for spec in replica.layout.specs}
+            slope = float((weight * z["weight"]).sum() + (bias * z["bias"]).sum())
+            assert replica.probe(step, index, batch, 0.1).projected_gradient == pytest.approx(slope, rel=1e-4, abs=1e-4)
+        before = {name: tensor.clone() for name, tensor in replica.memory.state().items()}
+        replica.apply(commit_of(step, [0, 5, 0], eta=2.0**-4))
+        for spec in replica.layout.specs:
+            z = replica.directions.dense((step, 1), spec)
+            torch.testing.assert_close(before[spec.name] - replica.memory.state()[spec.name], 5 * 2.0**-4 * z)
+
+
+def test_losses_are_reduced_in_float64() -> None:
+    """A float32 mean near 10 would make g a multiple of 5e-4 at epsilon = 1e-3."""
+    model, batch = quadratic()
+
+    def high(net: nn.Module, data: dict[str, torch.Tensor]) -> RowLosses:
+        rows = squared(net, data)
+        return RowLosses(rows.sums * 1e-5 + 10.0, rows.counts)
+
+    replica = Replica(model, loss=high)
+    gradients = [replica.probe(0, k, batch, 1e-3).projected_gradient for k in range(20)]
+    assert len({round(g / 5e-4) for g in gradients}) == 1
+    assert len(set(gradients)) == 20

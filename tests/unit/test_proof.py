@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.helpers import really_perturbed
+from zoray.errors import ModelError
+from zoray.loss import ModelLoss
+from zoray.replica import Replica
+
+ROWS, WIDTH, CLASSES = 4, 16, 5
+WRONG = "signs come out wrong|rows"
+
+
+class Plain(nn.Module):
+    """Embeds, lets `core` do something, classifies the mean."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.core, self.head = nn.Embedding(20, WIDTH), core, nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.core(self.embed(input_ids)).mean(1))
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` uses its output projection's weight without calling that module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.transpose(0, 1)).relu().transpose(0, 1)
+
+
+class Regrouping(nn.Module):
+    """Sends every other row to another expert: the rows an expert sees are not plus rows and then minus rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        order = torch.arange(len(x)).flip(0)
+        for i, expert in enumerate(self.experts):
+            rows = order[order % 2 == i]
+            out[rows] = expert(x[rows]).tanh()
+        return out
+
+
+class Scaled(nn.Linear):
+    """A linear layer that is not `nn.Linear`: it must take the generic path."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 3
+
+
+class Private(nn.Module):
+    """Keeps a reference of its own to its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self._own = [self.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._own[0]
+
+
+def batch(length: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 20, (ROWS, length), generator=generator)
+    return {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 3])}
+
+
+def agrees(model: nn.Module, replica: Replica, data: dict[str, torch.Tensor]) -> None:
+    assert replica._prober is not None
+    found = replica._prober.losses(2, 1, data, 1e-2)
+    expected = []
+    for sign in (1, -1):
+        loss = ModelLoss(really_perturbed(model, replica, 2, 1, sign * 1e-2))
+        with torch.no_grad():
+            expected.append(loss(data).mean())
+    assert found == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("core", [nn.Identity(), nn.Linear(WIDTH, WIDTH), Scaled(WIDTH, WIDTH), nn.LayerNorm(WIDTH)])
+def test_batched_where_it_is_right(core: nn.Module) -> None:
+    model = Plain(core)
+    replica = Replica(model)
+    assert replica.prove(batch()).batched
+    agrees(model, replica, batch())
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [(SequenceFirst(), WRONG), (Regrouping(), WRONG), (Attention(), "outside of the module")],
+)
+@pytest.mark.parametrize("length", [6, 2 * ROWS])
+def test_two_forwards_where_it_is_not(core: nn.Module, reason: str, length: int) -> None:
+    model = Plain(core)
+    replica = Replica(model)
+    verdict = replica.prove(batch(length))
+    assert not verdict.batched
+    assert any(re.search(reason, text) for text in verdict.reasons), verdict.reasons
+    agrees(model, replica, batch(length))
+    with pytest.raises(ModelError, match="batched"):
+        Replica(model, signs="batched").prove(batch(length))
+
+
+def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
+    verdict = Replica(Plain(Attention())).prove(batch())
+    assert "core.attention.out_proj.weight" in verdict.strays
+    assert "core.attention.in_proj_weight" not in verdict.strays
+
+
+def test_a_private_reference_is_refused() -> None:
+    with pytest.raises(ModelError, match="reference of its own"):
+        Replica(Plain(Private())).prove(batch())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0]
+
+
+def test_a_recurrent_layer_is_right_or_refused() -> None:
+    model = Plain(Recurrent())
+    replica = Replica(model)
+    try:
+        replica.prove(batch())
+    except ModelError as error:
+        assert "reference of its own" in str(error)
+        return
+    agrees(model, replica, batch())
+
+
+def test_the_verdict_is_a_function_of_the_model_and_the_batch() -> None:
+    verdicts: list[Any] = [Replica(Plain(Regrouping()), run_seed=s).prove(batch()) for s in (0, 0)]
+    assert verdicts[0].batched == verdicts[1].batched and verdicts[0].strays == verdicts[1].strays
+
+
+def test_weights_and_forwards_are_as_before_when_a_forward_raises() -> None:
+    class Fragile(nn.Module):
+        broken = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.broken:
+                raise RuntimeError("in the middle of a forward")
+            return x * self.weight
+
+    model = Plain(Fragile())
+    replica = Replica(model)
+    replica.prove(batch())
+    before, identities = replica.digest(), [id(p) for p in model.parameters()]
+    Fragile.broken = True
+    with pytest.raises(RuntimeError, match="in the middle"):
+        replica.probe(0, 0, batch(), 1e-3)
+    assert replica.digest() == before
+    assert [id(p) for p in model.parameters()] == identities
+    assert not any("forward" in module.__dict__ for module in model.modules())
