@@ -1,8 +1,8 @@
 """Make the quickstart's pretrained model: a small GPT-2 that has read the standard library's docstrings and comments.
 
 The model is trained here, by ordinary backpropagation with AdamW, from random weights and on text that every Python
-has. The language reference, which the quickstart adapts it to, is kept out: `pydoc_data` is not read, and neither is any
-passage that shares eight consecutive words with it (`make_data.shingles`).
+has. The language reference, which the quickstart adapts it to, is kept out: `pydoc_data` is not read, and neither is
+any passage that shares eight consecutive words with it (`make_data.shingles`).
 
 Usage, from the root of the repository::
 
