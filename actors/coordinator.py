@@ -49,7 +49,7 @@ from zoray.protocol import (
 from zoray.runs import RunFolder
 from zoray.schedule import learning_rate
 
-_TICK = 0.5
+_TICK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +86,24 @@ class Coordinator:
         Raises:
             ZorayError: whatever is wrong with the model, the data, the configuration, the ledger or the machines.
         """
+        try:
+            return self._prepare(resume)
+        except BaseException:
+            self.fleet.close()
+            self.exporter.close()
+            raise
+
+    def _prepare(self, resume: bool) -> Prepared:
         url = f"http://{socket.gethostname()}:{self.exporter.serve(self.config.metrics_port)}/metrics"
         introductions = self.fleet.start(self.config.replicas)
         first = next(iter(introductions.values()))
         for name, introduction in introductions.items():
             first.identity.check(introduction.identity, f"replica {name}")
         self._open_ledger(first, resume)
-        self._join(list(introductions))
+        heard = self._join(list(introductions))
         examples = self.config.per_direction_batch_size * self.config.directions * self.config.microbatches
         self.journal.begin(self.ledger.next_step, len(introductions), url, examples * first.tokens_per_example)
-        for text in (*self.ledger.warnings, *first.warnings, *first.identity.verdict.reasons):
+        for text in (*self.ledger.warnings, *first.warnings, *first.identity.verdict.reasons, *heard):
             self.journal.warn(text)
         self.journal.say(f"{'resumed' if resume else 'started'} at step {self.ledger.next_step}")
         self.state = initial_state(
@@ -164,7 +172,7 @@ class Coordinator:
                     self.records.append(commit.encode())
                     self.events.append(CommitDurable(commit.step))
                 except LedgerError as error:
-                    self.events.append(AppendFailed(commit.step, str(error)))
+                    self.events.append(AppendFailed(commit.step, error.what))
             case Report(record):
                 self.journal.report(record)
             case Release(name, reason):
@@ -187,11 +195,16 @@ class Coordinator:
             self.ledger = Ledger.create(self.folder.ledger, dict(first.header))
         self.records = [commit.encode() for commit in self.ledger.commits()]
 
-    def _join(self, names: list[str]) -> None:
+    def _join(self, names: list[str]) -> list[str]:
+        """Let replicas into the run; returns what they warn of, each thing once."""
         run = header_digest(self.ledger.header)
         waiting = {name: self.fleet.join(name, self.ledger.genesis, run, self.ledger.next_step) for name in names}
+        warnings: list[str] = []
         for name, reference in waiting.items():
-            self.events.append(ReplicaReady(name, receive(reference, name)))
+            step, heard = receive(reference, name)
+            self.events.append(ReplicaReady(name, step))
+            warnings += heard
+        return list(dict.fromkeys(warnings))
 
     def _skipped(self) -> int:
         """Null commits in a row at the end of the ledger."""

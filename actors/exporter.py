@@ -1,6 +1,7 @@
 """The metrics of a run for Prometheus, on a registry of their own, served by the coordinator.
 
-`/metrics` is the exposition, `/health` answers 200 while the coordinator's loop turns and 503 when it has stood still.
+`/metrics` is the exposition, `/health` answers 200 while the coordinator's loop turns, and before it begins (loading a
+model may take long), and 503 when it has stood still.
 Names and meanings are documented in docs/metrics.md.
 """
 
@@ -41,7 +42,7 @@ class Exporter:
     def __init__(self, run: str, model: str, max_steps: int) -> None:
         self.registry = CollectorRegistry()
         self._run = run
-        self._alive = time.monotonic()
+        self._alive: float | None = None
         self._faults = Counters()
         self._server: WSGIServer | None = None
         info = self._make(Gauge, "run_info", "Always 1; says what runs.", "version", "model")
@@ -162,7 +163,7 @@ class Exporter:
             self._server.server_close()
 
     def _health(self, start: Callable[..., Any]) -> Iterable[bytes]:
-        age = time.monotonic() - self._alive
+        age = 0.0 if self._alive is None else time.monotonic() - self._alive
         well = age < _STALLED
         start("200 OK" if well else "503 Service Unavailable", [("Content-Type", "application/json")])
         return [json.dumps({"run": self._run, "ok": well, "seconds_since_last_turn": round(age, 3)}).encode()]

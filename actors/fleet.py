@@ -51,7 +51,7 @@ class Fleet:
         return {name: receive(reference, name) for name, reference in waiting.items()}
 
     def join(self, name: str, genesis: bytes, run: str, next_step: int) -> Reference:
-        """Tell a replica which run it takes part in; the reference gives the step it holds."""
+        """Tell a replica which run it takes part in; the reference gives the step it holds, and warnings."""
         return self._actors[name].join.remote(genesis, run, next_step)
 
     def send(self, name: str, request: bytes) -> Reference:

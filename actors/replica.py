@@ -43,7 +43,7 @@ class Introduction:
         weights, trainable: number of weights of the model, and of those that are trained.
         bytes_per_weight: size of a weight.
         eval_shards, eval_examples, tokens_per_example: of the task.
-        warnings: what the user should know about the data.
+        warnings: what the user should know about the model and the data.
         node: address of its machine.
     """
 
@@ -72,6 +72,8 @@ class ReplicaActor:
         torch.set_num_threads(config.threads_per_replica)
         self.name, self.config, self.snapshots = name, config, Path(snapshots)
         self._run, self._head = "", b""
+        self._heard = _Heard()
+        logging.getLogger("zoray").addHandler(self._heard)
 
     def introduce(self) -> Introduction:
         """Load the model and the data and prove the paths of the forward, on the run's own first batch.
@@ -115,12 +117,12 @@ class ReplicaActor:
             eval_shards=self.task.eval_shards,
             eval_examples=self.task.eval_size,
             tokens_per_example=self.task.tokens_per_example,
-            warnings=tuple(self.task.warnings),
+            warnings=(*self.task.warnings, *self._heard.take()),
             node=os.uname().nodename,
         )
 
-    def join(self, genesis: bytes, run: str, next_step: int) -> int:
-        """Take part in a run; returns the step of the weights, that of a snapshot if there is a usable one.
+    def join(self, genesis: bytes, run: str, next_step: int) -> tuple[int, tuple[str, ...]]:
+        """Take part in a run; returns the step of the weights (of a snapshot if there is a usable one) and warnings.
 
         Args:
             genesis: hash of the ledger's header, 32 bytes.
@@ -129,7 +131,7 @@ class ReplicaActor:
         """
         self._run = run
         self._head = load_newest(self.snapshots, self.replica, run, next_step) or genesis
-        return self.replica.step
+        return self.replica.step, self._heard.take()
 
     def work(self, request: bytes) -> bytes:
         """Apply the commits that came along, run the item, answer: see `zoray.protocol.wire`.
@@ -173,3 +175,19 @@ class ReplicaActor:
     def _evaluate(self, shard: int) -> EvalSums:
         batch = {name: tensor.to(self.device) for name, tensor in self.task.eval_batch(shard).items()}
         return EvalSums(*self.replica.evaluate(batch).summary())
+
+
+class _Heard(logging.Handler):
+    """Keeps the core's warnings, which nobody would read in the log of an actor's process."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+
+    def take(self) -> tuple[str, ...]:
+        """What was said since the last time."""
+        texts, self._texts = tuple(self._texts), []
+        return texts

@@ -38,6 +38,7 @@ def export(run: str, to: Path, step: int | None, adapter: bool, output_dir: str)
     at, digest = restored.replica.step, restored.replica.digest()
     if lora and not adapter:
         model = model.merge_and_unload()
+    _restore_cache(model, restored.config.model)
     temporary = to.absolute().with_name(f".{to.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -52,3 +53,12 @@ def export(run: str, to: Path, step: int | None, adapter: bool, output_dir: str)
         shutil.rmtree(temporary, ignore_errors=True)
     what = "adapter" if adapter else "model"
     Console(highlight=False, soft_wrap=True).print(f"{what} of step {at}, digest {digest:016x}: {to}", markup=False)
+
+
+def _restore_cache(model: Any, source: str) -> None:
+    """Training switches the cache of keys and values off; the exported model generates as its base does."""
+    from transformers import AutoConfig
+
+    original = getattr(AutoConfig.from_pretrained(source), "use_cache", None)
+    if original is not None:
+        model.config.use_cache = original

@@ -10,28 +10,27 @@ used. The verdict says why; it is a function of the model, the layout and the ba
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from zoray.directions import Directions
 from zoray.errors import ModelError
-from zoray.loss import Batch, ModelLoss, RowLosses, doubled, with_specs
+from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled, with_specs
 from zoray.perturb.context import Active, NotBatchable, Signs
 from zoray.perturb.engine import Engine, replaced_forward
 from zoray.perturb.linear import LinearLayer
 from zoray.perturb.swap import SwappedModule
+from zoray.strays import find_strays
 
 SignsChoice = Literal["auto", "batched", "sequential"]
 HeadChoice = Literal["auto", "chunked", "full"]
 
 _PROOF_EPSILON = 1e-2
 _TOLERANCE = 0.05
+_NO_HEAD = "the loss is not that of a language-model head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +61,21 @@ def prove(
     signs: SignsChoice = "auto",
     head: HeadChoice = "auto",
     epsilon: float = 1e-3,
+    loss: LossFunction | None = None,
 ) -> Verdict:
     """Find the fastest paths that give the right answer for this model.
 
     Args:
         batch: the run's first batch, of `rows` rows, with `labels`.
         signs, head: what the configuration asks for; "auto" takes the faster path where it is right.
+        loss: a custom loss, whose head is always computed in one piece; by default the model's own.
 
     Raises:
         ModelError: a path that was asked for by name is not right for this model, or a module keeps references of its
             own to its parameters, so that it cannot be perturbed.
     """
     with torch.no_grad():
-        return _prove(model, directions, batch, rows, signs, head, epsilon)
+        return _prove(model, directions, batch, rows, signs, head, epsilon, loss)
 
 
 def _prove(
@@ -85,16 +86,18 @@ def _prove(
     signs: SignsChoice,
     head: HeadChoice,
     epsilon: float,
+    loss: LossFunction | None,
 ) -> Verdict:
-    shifted = is_shifted(model, batch)
-    strays = find_strays(model, directions, batch, rows, epsilon)
+    shifted = loss is None and is_shifted(model, batch)
+    strays = find_strays(model, directions, batch, rows, epsilon, loss)
     reasons = [f"used outside of the module that owns it: {name}" for name in strays]
-    trial = _Trial(model, directions, batch, rows, Engine(model, directions.layout, frozenset(strays)), shifted)
+    engine = Engine(model, directions.layout, frozenset(strays))
+    trial = _Trial(model, directions, batch, rows, engine, shifted, loss)
     chunked, why = (False, None) if head == "full" else trial.head_is_right()
     if why:
         reasons.append(f"the head and its loss are computed in one piece: {why}")
     if head == "chunked" and not chunked:
-        raise ModelError(f"`head: chunked` is not right for this model: {why}.", advice="use `head: auto`")
+        raise ModelError(f"`head: chunked` is not right here: {why or _NO_HEAD}.", advice="use `head: auto`")
     batched, why = (False, None) if signs == "sequential" else trial.batching_is_right(chunked, bool(strays))
     if why:
         reasons.append(f"two forwards per probe: {why}")
@@ -107,9 +110,17 @@ class _Trial:
     """Perturbed forwards of the first batch, on one path or another."""
 
     def __init__(
-        self, model: nn.Module, directions: Directions, batch: Batch, rows: int, engine: Engine, shifted: bool
+        self,
+        model: nn.Module,
+        directions: Directions,
+        batch: Batch,
+        rows: int,
+        engine: Engine,
+        shifted: bool,
+        custom: LossFunction | None,
     ) -> None:
         self.model, self.directions, self.batch, self.rows, self.engine = model, directions, batch, rows, engine
+        self.custom = custom
         self.full = ModelLoss(model, shifted=shifted)
         self.sliced = ModelLoss(model, chunked=True, shifted=shifted)
 
@@ -117,11 +128,16 @@ class _Trial:
         """Row losses of the direction (0, 0) at the proof's own epsilon."""
         both = signs is Signs.BOTH
         active = Active(self.directions, 0, 0, _PROOF_EPSILON, signs, 2 * self.rows if both else self.rows)
+        batch = doubled(self.batch, self.rows) if both else self.batch
         with self.engine.perturbed(active):
-            return loss(doubled(self.batch, self.rows) if both else self.batch, active, head_layer(loss, self.engine))
+            if self.custom is not None:
+                return self.custom(self.model, batch)
+            return loss(batch, active, head_layer(loss, self.engine))
 
     def head_is_right(self) -> tuple[bool, str | None]:
         """Whether the head may be taken out of the model and computed in slices."""
+        if self.custom is not None:
+            return False, None
         module = None if self.sliced.head is None else self.sliced.head.module
         if self.batch["labels"].dim() != 2:
             return False, None
@@ -185,6 +201,8 @@ def is_shifted(model: nn.Module, batch: Batch) -> bool:
     """
     if batch["labels"].dim() != 2:
         return False
+    if not ModelLoss(model).accepted & {"labels", "kwargs"}:
+        return False
     output = model(**batch)
     if isinstance(output, torch.Tensor) or getattr(output, "loss", None) is None:
         return False
@@ -203,83 +221,3 @@ def is_shifted(model: nn.Module, batch: Batch) -> bool:
 def head_layer(loss: ModelLoss, engine: Engine) -> LinearLayer | None:
     """The loss's head as the engine perturbs it."""
     return None if loss.head is None else with_specs(loss.head, engine.handlers.get(loss.head.module))
-
-
-def find_strays(model: nn.Module, directions: Directions, batch: Batch, rows: int, epsilon: float) -> list[str]:
-    """Names of trainable parameters that are used while no module that owns them is running.
-
-    Fused attention reads its output projection's weight without calling that module, and some heads read the
-    embedding's; the module's own handler would never see that use.
-
-    Raises:
-        ModelError: a module was given perturbed copies and used the originals.
-    """
-    engine = Engine(model, directions.layout)
-    active = Active(directions, 0, 0, epsilon, Signs.PLUS, rows)
-    watch = _Watch(engine)
-    loss = ModelLoss(model)
-    with ExitStack() as stack:
-        stack.enter_context(engine.perturbed(active))
-        for module in engine.handlers:
-            stack.enter_context(replaced_forward(module, watch.wrap(module, module.__dict__["forward"])))
-        stack.enter_context(watch)
-        loss(batch, active)
-    if watch.kept:
-        raise ModelError(
-            f"Parameter {watch.kept[0]!r} cannot be perturbed: its module keeps a reference of its own to it.",
-            advice="leave it out of `trainable`",
-        )
-    return sorted(watch.strays)
-
-
-class _Watch(TorchFunctionMode):
-    """Sees every use of a parameter in a torch function, and which modules are running at that moment."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__()
-        self.engine, self.strays, self.kept = engine, set[str](), list[str]()
-        self._running: list[nn.Module] = []
-
-    def wrap(self, module: nn.Module, forward: Any) -> Any:
-        """The same forward, noting that its module is running."""
-
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            self._running.append(module)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._running.pop()
-
-        return noted
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called instead of every torch function; looks at the arguments and calls it."""
-        result = func(*args, **(kwargs or {}))
-        if _makes_tensor(result) and func is not torch.Tensor.detach:
-            for tensor in _tensors([*args, *(kwargs or {}).values()]):
-                if isinstance(tensor, nn.Parameter) and tensor in self.engine.specs:
-                    self._used(tensor)
-        return result
-
-    def _used(self, parameter: nn.Parameter) -> None:
-        owners = [m for m in self._running if any(parameter is p for p in m._parameters.values())]
-        name = self.engine.specs[parameter].name
-        if owners:
-            return
-        swapped_owners = [m for m in self._running if isinstance(self.engine.handlers.get(m), SwappedModule)]
-        if any(name in {s.name for s in self.engine.handlers[m].specs.values()} for m in swapped_owners):  # type: ignore[attr-defined]
-            self.kept.append(name)
-        else:
-            self.strays.add(name)
-
-
-def _makes_tensor(result: Any) -> bool:
-    return isinstance(result, torch.Tensor) or (isinstance(result, (list, tuple)) and any(map(_makes_tensor, result)))
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)

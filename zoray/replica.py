@@ -69,12 +69,10 @@ class Replica:
         joins, takes the same paths.
         """
         signs, head = self._choices
-        if self._loss is None:
-            verdict = prove(
-                self.model, self.directions, batch, len(batch["labels"]), signs=signs, head=head, epsilon=epsilon
-            )
-        else:
-            verdict = Verdict(batched=signs == "batched", chunked=False)
+        rows = len(batch["labels"])
+        verdict = prove(
+            self.model, self.directions, batch, rows, signs=signs, head=head, epsilon=epsilon, loss=self._loss
+        )
         self._prober = Prober(self.model, self.directions, verdict, self._loss)
         return verdict
 

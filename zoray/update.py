@@ -156,7 +156,7 @@ class _Group:
 def _step(block: _Block, commit: Commit, total: torch.Tensor, run_seed: int) -> None:
     values, spec = block.values, block.spec
     eta = float(np.float32(commit.eta) * rank_scale(spec))
-    delta = torch.mul(total, eta) if total.dtype == torch.int32 else total.mul_(eta)
+    delta = total.float().mul_(eta)
     if values.dtype == torch.float32:
         if commit.decay != 1.0:
             values.mul_(commit.decay)

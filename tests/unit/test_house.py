@@ -1,6 +1,6 @@
 """The house holds: imports go launch -> actors -> zoray, the core knows no cluster, and its layers point downwards.
 
-Every import statement counts, also those inside functions and those for the type checker: what a module names, it knows.
+Every import statement counts, also those inside functions and those for the type checker: what a module names it knows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LAYERS = (
     {"directions"},
     {"perturb", "update", "ledger"},
     {"loss", "aggregate"},
+    {"strays"},
     {"proof"},
     {"probe"},
     {"memory"},

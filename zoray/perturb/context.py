@@ -78,7 +78,7 @@ class Active:
         exact = parameter.detach().float()
         if spec is None:
             return exact.unsqueeze(0)
-        z = self.noise(spec).to(parameter.device).mul_(self.scale)
+        z = self.noise(spec).view_as(exact).to(parameter.device).mul_(self.scale)
         return torch.stack([exact + z, exact - z]) if self.signs is Signs.BOTH else (exact + z).unsqueeze(0)
 
     @contextmanager

@@ -78,6 +78,7 @@ class Engine:
     def perturbed(self, active: Active) -> Iterator[None]:
         """Install the handlers for one direction; every forward is put back when the block ends, however it ends."""
         with ExitStack() as stack:
+            stack.enter_context(_no_fused_attention())
             for module, specs in self._root:
                 stack.enter_context(swapped(active, module, specs))
             for module, handler in self.handlers.items():
@@ -103,6 +104,20 @@ def replaced_forward(module: nn.Module, forward: Handler) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """Keep `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` from their fused kernels for the time of the block.
+
+    Those read the weights of all the layer's modules without calling one of them.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -1,0 +1,104 @@
+"""The command as a user has it: its own process, its own embedded Ray, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.conftest import Inputs
+from zoray.ledger import Ledger
+from zoray.runs import RunFolder
+
+ZORAY = [sys.executable, "-m", "launch.cli"]
+
+
+@pytest.fixture
+def workplace(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with config.yaml, where commands are run."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    keys = {**inputs.base, "max_steps": 30, "eval_steps": 15, "replicas": 2, "logging_steps": 1, "output_dir": "runs"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys))
+    return tmp_path
+
+
+def zoray(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*ZORAY, *words], cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def interrupted(folder: Path, number: signal.Signals, *words: str) -> tuple[int, str]:
+    """Run a command and send a signal to its whole process group, as a terminal does, when a step is done."""
+    process = subprocess.Popen(
+        [*ZORAY, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step ") and not line.startswith("step 0"):
+            os.killpg(process.pid, number)
+            break
+    rest, _ = process.communicate(timeout=120)
+    return process.returncode, "".join(lines) + rest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_at_a_step_and_resume_ends_as_undisturbed(
+    number: signal.Signals, workplace: Path
+) -> None:
+    status, text = interrupted(workplace, number, "train", "run.yaml", "run_name=a", "max_steps=200")
+    assert status == 130, text
+    assert "zoray resume a" in text and "Traceback" not in text
+    folder = RunFolder.find("a", str(workplace / "runs"))
+    with Ledger.open(folder.ledger, repair=False) as ledger:
+        assert 0 < ledger.next_step < 200 and not ledger.warnings
+        stopped = ledger.next_step
+    goal = f"max_steps={stopped + 10}"
+    done = zoray(workplace, "resume", "a", goal)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"continuing with step {stopped}" in done.stdout
+    done = zoray(workplace, "train", "run.yaml", "run_name=b", goal)
+    assert done.returncode == 0, done.stdout + done.stderr
+    a, b = ((workplace / "runs" / name / "ledger" / "commits.bin").read_bytes() for name in "ab")
+    assert a == b
+    checked = zoray(workplace, "verify", "a")
+    assert checked.returncode == 0 and "verified" in checked.stdout
+
+
+def test_the_commands_after_a_run(workplace: Path) -> None:
+    done = zoray(workplace, "train", "run.yaml", "run_name=c", "max_steps=4", "eval_steps=2", "save_steps=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data-parallel training would have sent" in done.stdout and "zoray verify c" in done.stdout
+
+    again = zoray(workplace, "train", "run.yaml", "run_name=c")
+    assert again.returncode == 6 and "exists already" in again.stderr and "Traceback" not in again.stderr
+    changed = zoray(workplace, "resume", "c", "epsilon=0.1")
+    assert changed.returncode == 6 and "epsilon" in changed.stderr
+
+    evaluated = json.loads(zoray(workplace, "eval", "c", "--json").stdout)
+    assert evaluated["step"] == 4 and evaluated["count"] > 0
+    rows = list(RunFolder.find("c", str(workplace / "runs")).rows("evaluations"))
+    assert evaluated["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-6)
+    assert len(zoray(workplace, "log", "c", "--json").stdout.splitlines()) == 4
+    assert zoray(workplace, "plot", "c", "--to", "c.png").returncode == 0
+    assert (workplace / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nan_is_exit_status_8_and_a_missing_model_leaves_no_folder(workplace: Path) -> None:
+    diverging = zoray(workplace, "train", "run.yaml", "run_name=d", "learning_rate=1e30", "eval_on_start=false")
+    assert diverging.returncode == 8 and "learning_rate" in diverging.stderr, diverging.stdout + diverging.stderr
+    missing = zoray(workplace, "train", "run.yaml", "run_name=e", "model=/no/such/model")
+    assert missing.returncode == 4 and not (workplace / "runs" / "e").exists()
+    refused = zoray(workplace, "train", "run.yaml", "run_name=f", "trainable=no_such_layer")
+    assert refused.returncode == 2 and not (workplace / "runs" / "f").exists()

@@ -1,0 +1,280 @@
+"""Stops at every step, damaged files, lost replicas and foreign exceptions: what a run makes of them.
+
+Nearly all of a replica's start is imports, so these tests keep replica processes and let each load the model anew.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from actors.fleet import Fleet, receive
+from actors.replica import Introduction, ReplicaActor
+from launch.restore import base_replica
+from tests.integration.conftest import Inputs, Launch, Ran
+from zoray.config import RunConfig
+from zoray.errors import LedgerError, ResourceError, RunError
+from zoray.ledger import Ledger
+from zoray.protocol import decode_request
+from zoray.runs import RunFolder
+from zoray.snapshot import replay
+
+STEPS = 6
+
+
+class WarmReplica:
+    """A process that is one replica after the other."""
+
+    def become(self, name: str, config: RunConfig, snapshots: str) -> None:
+        self.actor = ReplicaActor(name, config, snapshots)
+
+    def introduce(self) -> Introduction:
+        return self.actor.introduce()
+
+    def join(self, genesis: bytes, run: str, next_step: int) -> tuple[int, tuple[str, ...]]:
+        return self.actor.join(genesis, run, next_step)
+
+    def work(self, request: bytes) -> bytes:
+        return self.actor.work(request)
+
+
+class WarmFleet(Fleet):
+    """A fleet whose replicas give their process back instead of ending it."""
+
+    idle: list[Any]
+
+    def start(self, count: int) -> dict[str, Introduction]:
+        import ray
+
+        for number in range(count):
+            actor = self.idle.pop() if self.idle else ray.remote(WarmReplica).options(num_cpus=0).remote()
+            self._actors[f"r{number}"] = actor
+            actor.become.remote(f"r{number}", self._config, self._snapshots)
+        waiting = {name: actor.introduce.remote() for name, actor in self._actors.items()}
+        return {name: receive(reference, name) for name, reference in waiting.items()}
+
+    def remove(self, name: str) -> None:
+        actor = self._actors.pop(name, None)
+        if actor is not None:
+            self.idle.append(actor)
+
+
+@pytest.fixture(scope="module")
+def processes(local_ray: None) -> Iterator[list[Any]]:
+    import ray
+
+    idle: list[Any] = []
+    yield idle
+    for actor in idle:
+        ray.kill(actor)
+
+
+@pytest.fixture
+def warm(processes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WarmFleet, "idle", processes, raising=False)
+    monkeypatch.setattr("actors.coordinator.Fleet", WarmFleet)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processes: list[Any], inputs: Inputs) -> Ran:
+    """One replica, nothing happens."""
+    from actors.coordinator import Coordinator
+
+    config = inputs.config(replicas=1)
+    folder = RunFolder.create(config, "undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WarmFleet, "idle", processes, raising=False)
+        patch.setattr("actors.coordinator.Fleet", WarmFleet)
+        coordinator = Coordinator(config, str(folder.path))
+        coordinator.prepare(False)
+        return Ran(folder, coordinator.run(), coordinator)
+
+
+def after(step: int, act: Callable[[Any], object]) -> Callable[[Any, Any], None]:
+    """Act when so many steps are committed, in the coordinator's own loop: never a matter of time."""
+
+    def at(coordinator: Any, record: Any) -> None:
+        if record.aggregate is not None and record.step + 1 == step:
+            act(coordinator)
+
+    return at
+
+
+def stopping(step: int) -> Callable[[Any, Any], None]:
+    return after(step, lambda coordinator: coordinator.stop())
+
+
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps at which replicas join from now on."""
+    from actors import coordinator
+
+    ready, steps = coordinator.ReplicaReady, list[int]()
+
+    def noted(name: str, step: int) -> Any:
+        steps.append(step)
+        return ready(name, step)
+
+    monkeypatch.setattr(coordinator, "ReplicaReady", noted)
+    return steps
+
+
+def test_the_digest_is_that_of_a_replay(undisturbed: Ran) -> None:
+    ledger = Ledger.open(undisturbed.folder.ledger, repair=False)
+    replica = base_replica(undisturbed.folder.config(), ledger)
+    base = replica.digest()
+    replay(replica, ledger, None)
+    assert base != replica.digest() == undisturbed.finish.digest
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_stopped_at_each_step(
+    step: int, warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = launch(inputs.config(replicas=1 + step % 2, save_steps=2), at=stopping(step))
+    assert (first.finish.reason, first.finish.step) == ("stopped", step)
+    assert undisturbed.ledger.startswith(first.ledger)
+    steps = joined(monkeypatch)
+    again = launch(inputs.config(replicas=3 - step % 2), first.folder)
+    # A snapshot is written by one replica while a stop may already have been asked for.
+    assert set(steps) == {max([0, *(s for s in (2, 4) if (first.folder.snapshots / f"step-{s}").exists())])}
+    assert (again.ledger, again.finish) == (undisturbed.ledger, undisturbed.finish)
+
+
+def test_stopped_twice_ends_at_once(warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch) -> None:
+    def twice(coordinator: Any) -> None:
+        coordinator.stop()
+        coordinator.stop()
+
+    first = launch(inputs.config(replicas=1), at=after(2, twice))
+    assert (first.finish.reason, first.finish.step, first.finish.digest) == ("stopped", 2, None)
+    assert launch(inputs.config(replicas=1), first.folder).ledger == undisturbed.ledger
+
+
+def test_damaged_snapshots_are_passed_over_with_a_warning(
+    warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = launch(inputs.config(replicas=1, save_steps=2), at=stopping(5))
+    weights = first.folder.snapshots / "step-4" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    steps = joined(monkeypatch)
+    again = launch(inputs.config(replicas=2), first.folder)
+    assert steps == [2, 2]
+    assert again.ledger == undisturbed.ledger
+    told = [text for text in again.coordinator.progress().warnings if "step-4" in text]
+    assert len(told) == 1 and "passed over" in told[0]
+    assert "passed over" in again.folder.log.read_text()
+
+
+def test_a_torn_ledger_is_repaired_with_a_warning(warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch) -> None:
+    first = launch(inputs.config(replicas=1), at=stopping(4))
+    path = first.folder.ledger / "commits.bin"
+    path.write_bytes(path.read_bytes()[:-7])
+    again = launch(inputs.config(replicas=1), first.folder)
+    assert again.ledger == undisturbed.ledger
+    assert any("step 3" in text for text in again.coordinator.progress().warnings)
+
+
+def test_damage_before_the_end_is_refused_with_the_offset(warm: None, inputs: Inputs, launch: Launch) -> None:
+    first = launch(inputs.config(replicas=1), at=stopping(4))
+    path, damaged = first.folder.ledger / "commits.bin", bytearray(first.ledger)
+    with Ledger.open(first.folder.ledger, repair=False) as ledger:
+        behind = sum(len(commit.encode()) for commit in ledger.commits(1))
+    damaged[len(damaged) - behind + 20] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(LedgerError, match="byte"):
+        launch(inputs.config(replicas=1), first.folder)
+    assert path.read_bytes() == damaged
+
+
+def test_a_lost_replica_is_not_missed(undisturbed: Ran, inputs: Inputs, launch: Launch) -> None:
+    import ray
+
+    got = launch(inputs.config(replicas=2), at=after(1, lambda coordinator: ray.kill(coordinator.fleet._actors["r1"])))
+    assert got.finish.reason == "done"
+    assert got.ledger == undisturbed.ledger
+
+
+def test_without_any_replica_a_run_ends_and_can_be_resumed(undisturbed: Ran, inputs: Inputs, launch: Launch) -> None:
+    import ray
+
+    got = launch(inputs.config(replicas=1), at=after(3, lambda coordinator: ray.kill(coordinator.fleet._actors["r0"])))
+    assert got.finish.reason == "failed" and "zoray resume" in got.finish.advice
+    assert Ledger.open(got.folder.ledger, repair=False).next_step == 3
+    assert launch(inputs.config(replicas=1), got.folder).ledger == undisturbed.ledger
+
+
+@pytest.mark.parametrize("directions", [1, 16])
+def test_bytes_of_a_probe_and_of_a_step(
+    directions: int, warm: None, inputs: Inputs, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried: dict[str, int] = {}
+    bare: list[int] = []
+    send = WarmFleet.send
+
+    def counted(self: Any, name: str, request: bytes) -> Any:
+        records = len(decode_request(request)[1])
+        carried[name] = carried.get(name, 0) + records
+        bare.append(len(request) - records)
+        return send(self, name, request)
+
+    monkeypatch.setattr(WarmFleet, "send", counted)
+    got = launch(inputs.config(replicas=2, directions=directions, eval_steps=None, eval_on_start=False))
+    received = got.coordinator.progress().received
+    sent = got.coordinator.progress().sent
+    assert sent == sum(bare) + sum(carried.values())
+    # Every answer but those of the last evaluation and the digests is a probe's 31 bytes.
+    assert max(bare) + received / len(bare) <= 128
+    records = sum(len(c.encode()) for c in Ledger.open(got.folder.ledger, repair=False).commits())
+    assert records <= STEPS * (directions + 96)
+    assert set(carried.values()) == {records}
+
+
+def test_a_replica_that_raises_anything_is_a_clean_error(local_ray: None) -> None:
+    import ray
+
+    def fail() -> None:
+        raise KeyError("odd")
+
+    with pytest.raises(RunError, match="Replica r0 failed: KeyError") as caught:
+        receive(ray.remote(fail).options(num_cpus=0).remote(), "r0")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_replica_that_dies_while_loading_is_a_clean_error(local_ray: None) -> None:
+    import ray
+
+    class Dies:
+        def introduce(self) -> None:
+            import os
+
+            os._exit(1)
+
+    actor = ray.remote(Dies).options(num_cpus=0).remote()
+    with pytest.raises(ResourceError, match="Replica r0 died") as caught:
+        receive(actor.introduce.remote(), "r0")
+    assert "memory" in str(caught.value.advice)
+
+
+def test_a_taken_port_ends_the_command_and_leaves_no_folder(
+    local_ray: None, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import train
+
+    monkeypatch.setattr(train, "connect", lambda config: "the Ray of the tests")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**inputs.base, "run_name": "taken", "output_dir": str(tmp_path / "runs")}))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"Port {port} is already in use") as caught:
+            train.train(str(path), [f"metrics_port={port}"])
+    assert caught.value.exit_code == 7
+    assert not (tmp_path / "runs" / "taken").exists()
