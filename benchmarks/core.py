@@ -29,7 +29,7 @@ def main() -> None:
     """Measure and write the section `core` of RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two pairs, for trying the script out")
-    pairs = 2 if parser.parse_args().quick else 7
+    pairs = 2 if parser.parse_args().quick else 5
     model, batch = opt_125m(), opt_batch()
     replica = Replica(model)
     verdict = replica.prove(batch)

@@ -1,18 +1,30 @@
-"""Any step of a run, in this process: the base model with the ledger applied."""
+"""Any step of a run, in this process: the base model with the ledger applied.
+
+Torch is imported late: reading a ledger does without it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from torch import nn
 
 from zoray.config import RunConfig, mathematics
-from zoray.errors import LedgerError
+from zoray.errors import LedgerError, RunError
 from zoray.ledger import Ledger
-from zoray.replica import Replica
 from zoray.runs import RunFolder
-from zoray.snapshot import replay
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zoray.replica import Replica
+
+_MOVABLE = {
+    "model": "The weights found there are compared with the ledger's.",
+    "task.train": "Replay does not need it.",
+}
+"""Keys that may have another value because a file was moved, and why that is safe here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,26 +38,54 @@ class Restored:
 
 
 def open_run(run: str, output_dir: str) -> tuple[RunFolder, RunConfig, Ledger]:
-    """Folder, configuration and ledger of a run, read-only; warnings about the ledger go to standard error.
+    """Folder, configuration and ledger of a run, read-only; warnings go to standard error.
 
     Raises:
-        RunError: there is no such run.
+        RunError: there is no such run, or it has no ledger.
         LedgerError: the ledger is damaged, or config.yaml says other mathematics than it was made with.
     """
     folder = RunFolder.find(run, output_dir)
     config = folder.config()
+    ledger = open_ledger(folder)
+    _compare(folder, config, ledger)
+    return folder, config, ledger
+
+
+def open_ledger(folder: RunFolder) -> Ledger:
+    """The ledger of a run, read-only; its warnings go to standard error.
+
+    Raises:
+        RunError: the run has none.
+        LedgerError: it is damaged.
+    """
+    if not (folder.ledger / "commits.bin").exists():
+        raise RunError(
+            "The run has no ledger: it ended before its first step.",
+            where=str(folder.path),
+            advice="start it anew with `zoray train`",
+        )
     ledger = Ledger.open(folder.ledger, repair=False)
     for text in ledger.warnings:
-        Console(stderr=True).print(f"warning: {text}", markup=False)
+        _warn(text)
+    return ledger
+
+
+def _compare(folder: RunFolder, config: RunConfig, ledger: Ledger) -> None:
+    """Refuse a config.yaml that was edited to other mathematics than the ledger's."""
     recorded, found = ledger.header["mathematics"], mathematics(config)
-    for key in sorted(recorded.keys() & found.keys()):
-        if recorded[key] != found[key]:
-            raise LedgerError(
-                f"config.yaml says {key} = {found[key]!r}, the ledger was made with {recorded[key]!r}.",
-                where=str(folder.config_path),
-                advice="put the old value back",
-            )
-    return folder, config, ledger
+    # A key that only one of them has (`trainable.lora.r`) follows from one that both have, where there is one.
+    for key in [*sorted(recorded.keys() & found.keys()), *sorted(recorded.keys() - found.keys())]:
+        if key in found and recorded[key] == found[key]:
+            continue
+        says = f"config.yaml says {key} = {found[key]!r}" if key in found else f"config.yaml has no {key}"
+        text = f"{says}, the ledger was made with {recorded[key]!r}."
+        if key not in _MOVABLE:
+            raise LedgerError(text, where=str(folder.config_path), advice="put the old value back")
+        _warn(f"{text} {_MOVABLE[key]}")
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {text}", markup=False)
 
 
 def base_replica(config: RunConfig, ledger: Ledger) -> Replica:
@@ -72,6 +112,8 @@ def load(config: RunConfig, num_labels: int | None, id2label: dict[int, str] | N
 
 def replica_of(model: nn.Module, config: RunConfig, run_seed: int) -> Replica:
     """A replica of a loaded model, with the directions and paths the configuration asks for."""
+    from zoray.replica import Replica
+
     return Replica(
         model,
         run_seed,
@@ -89,6 +131,13 @@ def restore(run: str, step: int | None, output_dir: str) -> Restored:
         ZorayError: the run, its model or the step cannot be had.
     """
     folder, config, ledger = open_run(run, output_dir)
+    if step is not None and not 0 <= step <= ledger.next_step:
+        # Replay says so too, but only after the model is loaded.
+        raise RunError(
+            f"The run has no step {step}.", where=str(ledger.path), advice=f"give a step from 0 to {ledger.next_step}"
+        )
+    from zoray.snapshot import replay
+
     replica = base_replica(config, ledger)
     replay(replica, ledger, folder.snapshots, step)
     return Restored(folder, config, ledger, replica)

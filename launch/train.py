@@ -35,7 +35,7 @@ def train(config_path: str, overrides: list[str]) -> None:
     folder = RunFolder.create(config, Path(config_path).stem)
     try:
         _follow(folder, config, resume=False)
-    except ZorayError:
+    except (ZorayError, KeyboardInterrupt):
         if not (folder.ledger / "commits.bin").exists():
             shutil.rmtree(folder.path)
         raise

@@ -10,6 +10,7 @@ log.txt          what happened, in words
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -109,9 +110,11 @@ class RunFolder:
         return load(self.config_path, overrides or [])
 
     def append(self, table: Table, row: Mapping[str, Any]) -> None:
-        """Add one line to a table of metrics."""
-        with (self.path / "metrics" / f"{table}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add one line to a table of metrics; one that a crash cut off does not swallow it."""
+        with (self.path / "metrics" / f"{table}.jsonl").open("ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
 
     def rows(self, table: Table) -> Iterator[dict[str, Any]]:
         """The rows of a table in order; a step that was run again after a crash counts once, the last time.

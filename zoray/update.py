@@ -26,6 +26,7 @@ BLOCK_ELEMENTS = 1 << 19
 """Weights updated at a time: the block and its int32 sum stay in cache, also over a whole group of commits."""
 
 Signs = npt.NDArray[np.int8]
+_Sum = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 _GROUP_TERMS = 1024
 _PACKED_BYTES = 64 << 20
@@ -104,21 +105,25 @@ class _Group:
         spec = shard.spec
         right_start = spec.offset + spec.rank * spec.row_bytes
         right = self._signs(right_start, spec.col_bytes, spec.rank, 0, spec.cols) if spec.rank else None
+        etas = [float(np.float32(commit.eta) * rank_scale(spec)) for commit in self.commits]
         for block in _blocks(shard, block_elements):
             if self.directions.layout.kind == "gaussian":
-                sums: Iterator[torch.Tensor] = (self._normal_sum(terms, block) for terms in self.ranges)
+                sums: Iterator[_Sum] = (self._normal_sum(terms, block) for terms in self.ranges)
             else:
                 sums = self._exact_sums(block, right)
-            for commit, total in zip(self.commits, sums, strict=True):
-                _step(block, commit, total, self.directions.run_seed)
+            for commit, eta, total in zip(self.commits, etas, sums, strict=True):
+                _step(block, commit, eta, total, self.directions.run_seed)
 
     def _bytes(self, start: int, stop: int) -> Bytes:
         if self._packed is not None:
             return self._packed[:, start:stop]
         return self.directions.read(self.addresses, start, stop)
 
-    def _exact_sums(self, block: _Block, right: Signs | None) -> Iterator[torch.Tensor]:
-        """S of each commit for one block, from int8 factors (terms, rank, height) and (terms, rank, width)."""
+    def _exact_sums(self, block: _Block, right: Signs | None) -> Iterator[_Sum]:
+        """S of each commit for one block, from int8 factors (terms, rank, height) and (terms, rank, width).
+
+        A sum of one outer product is given as its two factors.
+        """
         spec, (height, width) = block.spec, block.values.shape
         if right is None:
             left = self.coefficients[:, None, None]
@@ -130,7 +135,12 @@ class _Group:
         factors = torch.from_numpy(left), torch.from_numpy(right)
         for terms in self.ranges:
             a, b = (factor[terms].flatten(0, 1).to(block.values.device) for factor in factors)
-            yield integer_product(a.t(), b) if len(a) else torch.zeros_like(block.values, dtype=torch.float32)
+            if len(a) == 1:
+                yield a.t().float(), b.float()
+            elif len(a):
+                yield integer_product(a.t(), b)
+            else:
+                yield torch.zeros_like(block.values, dtype=torch.float32)
 
     def _signs(self, start: int, piece_bytes: int, pieces: int, first: int, count: int) -> Signs:
         """Signs first..first+count-1 of each of `pieces` adjacent pieces, int8 (terms, pieces, count)."""
@@ -153,20 +163,25 @@ class _Group:
         return total
 
 
-def _step(block: _Block, commit: Commit, total: torch.Tensor, run_seed: int) -> None:
+def _step(block: _Block, commit: Commit, eta: float, total: _Sum, run_seed: int) -> None:
     values, spec = block.values, block.spec
-    eta = float(np.float32(commit.eta) * rank_scale(spec))
-    delta = total.float().mul_(eta)
-    if values.dtype == torch.float32:
-        if commit.decay != 1.0:
-            values.mul_(commit.decay)
-        values.sub_(delta)
-        return
-    exact = values.float()
+    exact = values.float()  # the weights themselves where they are float32
     if commit.decay != 1.0:
         exact.mul_(commit.decay)
-    key = rounding_key(run_seed, commit.step, spec.name)
-    values.copy_(stochastic_round(exact.sub_(delta), values.dtype, key, block.row * spec.cols + block.col))
+    if isinstance(total, torch.Tensor):
+        exact.sub_(_float32(total).mul_(eta))
+    else:
+        # eta * c is rounded here, and its product with a sign is exact: fused or not, the bits are the same.
+        left, right = total
+        exact.addcmul_(left.mul_(-eta), right)
+    if values.dtype != torch.float32:
+        key = rounding_key(run_seed, commit.step, spec.name)
+        values.copy_(stochastic_round(exact, values.dtype, key, block.row * spec.cols + block.col))
+
+
+def _float32(total: torch.Tensor) -> torch.Tensor:
+    """The integers of `total` (int32 or float32) as float32, in the same memory: `total` is lost."""
+    return total if total.dtype == torch.float32 else total.view(torch.float32).copy_(total)
 
 
 def _groups(commits: Sequence[Commit], directions: Directions) -> Iterator[_Group]:

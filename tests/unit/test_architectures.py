@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 
 from tests.unit.helpers import really_perturbed
+from zoray.errors import ModelError
 from zoray.replica import Replica
 
 TEXT = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -56,6 +57,20 @@ MODELS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
     "mistral": (lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, **TEXT)), True, True),
     "mixtral": (lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GROUPED, num_local_experts=4, **TEXT)), True, True),
     "bloom": (lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **TEXT)), True, True),
+    "falcon": (
+        lambda: hf.FalconForCausalLM(
+            hf.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **TEXT)
+        ),
+        True,
+        True,
+    ),
+    "gpt-oss": (
+        lambda: hf.GptOssForCausalLM(
+            hf.GptOssConfig(**{**HEAD, "intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2, **TEXT)
+        ),
+        True,
+        True,
+    ),
     "mamba": (
         lambda: hf.MambaForCausalLM(hf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **TEXT)),
         False,
@@ -125,8 +140,28 @@ def test_perturbed_losses_are_those_of_perturbed_weights(name: str, tmp_path: Pa
     replica = check(load(make, tmp_path), 5e-6)
     assert replica.verdict is not None
     assert (replica.verdict.batched, replica.verdict.chunked) == (batched, chunked), replica.verdict.reasons
-    if not batched or (not chunked and "labels" in name):
-        assert replica.verdict.reasons, "a slower path must be said"
+    language = batch_for(replica.model)["labels"].dim() == 2
+    said = " ".join(replica.verdict.reasons)
+    assert ("two forwards per probe" in said) == (not batched)
+    assert ("in one piece" in said) == (language and not chunked)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("t5", "two forwards per probe: a module was given embedding indices of shape"),
+        ("gemma2", "the head and its loss are computed in one piece: the model changes the logits after its head"),
+        ("mamba", "used outside of the module that owns it: backbone.layers.0.mixer.conv1d.weight"),
+    ],
+)
+def test_a_slower_path_says_why_and_cannot_be_asked_away(name: str, reason: str, tmp_path: Path) -> None:
+    make, batched, _ = MODELS[name]
+    model = load(make, tmp_path)
+    verdict = Replica(model).prove(batch_for(model))
+    assert any(text.startswith(reason) for text in verdict.reasons), verdict.reasons
+    wish: dict[str, Any] = {"head": "chunked"} if batched else {"signs": "batched"}
+    with pytest.raises(ModelError, match="is not right"):
+        Replica(model, **wish).prove(batch_for(model))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from tests.unit.helpers import really_perturbed
 from zoray.errors import ModelError
-from zoray.loss import ModelLoss
+from zoray.loss import ModelLoss, RowLosses
 from zoray.replica import Replica
 
 ROWS, WIDTH, CLASSES = 4, 16, 5
@@ -83,6 +84,41 @@ class Private(nn.Module):
         return x @ self._own[0]
 
 
+class Functional(nn.Module):
+    """Reads an embedding's weight as its head, as some models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.table.weight
+
+
+class Borrowed(nn.Module):
+    """Uses, under cover of a list, a weight that belongs to a module it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self._weights = [self.layer.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._weights[0]
+
+
+class Encoder(nn.Module):
+    """Its layers have a fused kernel that reads all their weights and calls none of their modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
 def batch(length: int = 6) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 20, (ROWS, length), generator=generator)
@@ -130,9 +166,93 @@ def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
     assert "core.attention.in_proj_weight" not in verdict.strays
 
 
-def test_a_private_reference_is_refused() -> None:
+@pytest.mark.parametrize("core", [Private(), Borrowed()])
+def test_a_private_reference_is_refused(core: nn.Module) -> None:
+    model = Plain(core)
     with pytest.raises(ModelError, match="reference of its own"):
-        Replica(Plain(Private())).prove(batch())
+        Replica(model).prove(batch())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("weight" not in name or "core" not in name)
+    Replica(model).prove(batch())
+
+
+@pytest.mark.parametrize("core", [Functional(), Encoder()])
+def test_parameters_used_behind_their_modules_back_are_still_perturbed(core: nn.Module) -> None:
+    model = Plain(core)
+    for outside in (model.embed, model.head):
+        outside.requires_grad_(False)
+    replica = Replica(model)
+    assert replica.prove(batch()).strays
+    agrees(model, replica, batch())
+    assert replica.probe(0, 0, batch(), 1e-2).projected_gradient != 0.0
+
+
+def own_loss(model: nn.Module, data: Any) -> RowLosses:
+    losses = functional.cross_entropy(model(data["input_ids"]), data["labels"], reduction="none")
+    return RowLosses(losses.double(), torch.ones_like(data["labels"]))
+
+
+@pytest.mark.parametrize(
+    ("core", "batched"),
+    [(nn.Linear(WIDTH, WIDTH), True), (Regrouping(), False), (Attention(), False), (Encoder(), False)],
+)
+def test_a_custom_loss_is_proved_as_well(core: nn.Module, batched: bool) -> None:
+    model = Plain(core)
+    replica = Replica(model, loss=own_loss)
+    assert replica.prove(batch()).batched == batched
+    agrees(model, replica, batch())
+    if not batched:
+        with pytest.raises(ModelError, match="batched"):
+            Replica(model, signs="batched", loss=own_loss).prove(batch())
+    with pytest.raises(ModelError, match=r"chunked.*not that of a language-model head"):
+        Replica(model, head="chunked", loss=own_loss).prove(batch())
+
+
+def test_a_custom_loss_that_mixes_rows_takes_two_forwards() -> None:
+    def contrastive(model: nn.Module, data: Any) -> RowLosses:
+        return RowLosses((own_loss(model, data).sums.sum().sqrt() * data["labels"]).double(), data["labels"] + 1)
+
+    verdict = Replica(Plain(nn.Identity()), loss=contrastive).prove(batch())
+    assert not verdict.batched and "signs come out wrong" in verdict.reasons[-1]
+
+
+def test_a_custom_loss_may_read_parameters_itself() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(5))
+
+    model = Bare()
+    target = torch.arange(5.0)
+
+    def bowl(net: Any, data: Any) -> RowLosses:
+        loss = (net.w - target).double().square().sum()
+        return RowLosses(loss.expand(len(data["labels"])), torch.ones_like(data["labels"]))
+
+    replica = Replica(model, loss=bowl)
+    z = replica.directions.dense((0, 3), replica.layout.specs[0])
+    found = replica.probe(0, 3, {"labels": torch.zeros(1, dtype=torch.int64)}, 1e-3).projected_gradient
+    assert found == pytest.approx(float(-2 * (target * z).sum()), abs=1e-3)
+    assert replica.verdict is not None and replica.verdict.strays == ("w",)
+
+
+def test_a_language_model_without_a_loss_of_its_own() -> None:
+    """Its forward takes no labels: they are compared with the logits at the same place."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(input_ids))
+
+    ids = batch()["input_ids"]
+    model, data = Words(), {"input_ids": ids, "labels": ids.roll(-1, 1)}
+    replica = Replica(model)
+    verdict = replica.prove(data)
+    assert verdict.batched and not verdict.shifted
+    agrees(model, replica, data)
 
 
 class Recurrent(nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from tests.unit.helpers import bits, commit_of
 from tests.unit.test_architectures import MODELS, batch_for, load
+from zoray.aggregate import commit
 from zoray.errors import NumericsError
 from zoray.memory import Resident
 from zoray.replica import Replica, base_digest
@@ -25,6 +27,48 @@ def test_weights_are_bit_identical_after_any_number_of_probes(name: str, dtype: 
         replica.probe(3, k, batch, 1e-2)
     for key, parameter in model.named_parameters():
         assert torch.equal(bits(parameter), before[key]) and parameter.data_ptr() == pointers[key], key
+
+
+@pytest.mark.parametrize("signs", ["batched", "sequential"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_a_forward_that_raises_in_the_middle_leaves_no_trace(
+    name: str, signs: Literal["batched", "sequential"], tmp_path: Path
+) -> None:
+    model = load(MODELS[name][0], tmp_path)
+    batch = batch_for(model)
+    replica = Replica(model, signs=signs)
+    wanted = replica.probe(0, 0, batch, 1e-3)
+    before = {key: (id(p), bits(p)) for key, p in model.named_parameters()}
+
+    def fail(*_: object) -> None:
+        raise MemoryError("in the middle of a forward")
+
+    # Deep inside of modules whose forward or parameters are replaced at that moment.
+    for inner in [module for module in model.modules() if not any(module.children())][4::5]:
+        hook = inner.register_forward_hook(fail)
+        with pytest.raises(MemoryError):
+            replica.probe(0, 0, batch, 1e-3)
+        hook.remove()
+        assert {key: id(p) for key, p in model.named_parameters()} == {key: at for key, (at, _) in before.items()}
+        assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(torch.equal(bits(p), before[key][1]) for key, p in model.named_parameters())
+    assert replica.probe(0, 0, batch, 1e-3) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replay_in_one_call_gives_the_weights_of_the_run(dtype: torch.dtype, tmp_path: Path) -> None:
+    run, late = (Replica(load(MODELS["llama"][0], tmp_path, dtype), run_seed=0) for _ in range(2))
+    other = Replica(load(MODELS["llama"][0], tmp_path, dtype), run_seed=1)
+    batch, commits = batch_for(run.model), []
+    for step in range(6):
+        probes = [run.probe(step, k, batch, 1e-3) for k in range(3)]
+        commits.append(commit(step, probes, learning_rate=1e-2, weight_decay=0.1))
+        run.apply(commits[-1])
+    start = late.digest()
+    late.apply(commits)
+    other.apply(commits)
+    assert late.digest() == run.digest() != start
+    assert other.digest() != run.digest(), "another run seed, 0 included, is another run"
 
 
 def test_commits_are_applied_once_and_in_order() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,52 @@ def test_unbiased_and_to_neighbours_only(value: float, dtype: torch.dtype) -> No
     assert set(rounded.unique().tolist()) <= {low, high}
     # Five standard deviations of the mean, and the resolution of the 13 or 16 random bits.
     assert abs(float(rounded.mean()) - exact) <= (high - low) * (2.5 / count**0.5 + 2.0**-12)
+
+
+def reference_words(key: int, indices: np.ndarray) -> np.ndarray:
+    """The hash in Python integers, where nothing overflows by itself; shifts keep the sign, as in int32."""
+    found = []
+    for index in indices.tolist():
+        word = (index * 0x9E3779B1 + key) % 2**32
+        for shift, multiplier in ((15, 0x7FEB352D), (13, 0x846CA68B)):
+            word = (word ^ ((word ^ 2**31) - 2**31 >> shift)) * multiplier % 2**32
+        found.append((word ^ ((word ^ 2**31) - 2**31 >> 16)) % 2**32)
+    return np.array(found, dtype=np.uint64)
+
+
+@pytest.mark.parametrize("start", [0, 12_345, 2**31 - 7, 2**32 + 5])
+def test_the_random_words_are_their_definition(start: int) -> None:
+    key = rounding_key(3, 9, "h.0.weight")
+    found = random_words(key, start, 500).numpy().astype(np.int64) % 2**32
+    np.testing.assert_array_equal(found, reference_words(key, np.arange(start, start + 500)))
+
+
+@pytest.mark.parametrize(("dtype", "digits", "smallest"), [(torch.bfloat16, 7, -133), (torch.float16, 10, -24)])
+def test_a_value_goes_up_when_its_random_bits_carry(dtype: torch.dtype, digits: int, smallest: int) -> None:
+    """Independent reference in float64: floor(|v| / spacing + uniform) * spacing, with the sign of v."""
+    generator = np.random.default_rng(4)
+    count, bits = 20_000, 23 - digits
+    magnitude = 2.0 ** generator.uniform(-22, 10, count)
+    values = (magnitude * generator.choice([-1, 1], count)).astype(np.float32)
+    exact = np.abs(values).astype(np.float64)
+    spacing = 2.0 ** np.maximum(np.floor(np.log2(exact)) - digits, smallest)
+    uniform = (reference_words(77, np.arange(count)) % 2**bits) / 2.0**bits
+    expected = np.copysign(np.floor(exact / spacing + uniform) * spacing, values)
+    found = stochastic_round(torch.from_numpy(values), dtype, 77, 0).double().numpy()
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 3e-5, 3e-7])
+def test_unbiased_over_many_values_and_keys(dtype: torch.dtype, scale: float) -> None:
+    """Down to the subnormals of float16, whose spacing is 6e-8: the mean error of a matrix is that of chance."""
+    for seed in range(4):
+        values = scale * torch.randn(50_000, generator=torch.Generator().manual_seed(seed))
+        errors = stochastic_round(values, dtype, rounding_key(seed, 5, "w"), 0).double() - values.double()
+        # The errors' own spread is the measure of chance; 13 random bits leave a bias of 2^-14 of the spacing.
+        assert abs(float(errors.mean())) < 5 * float(errors.std()) / len(values) ** 0.5
+        away = errors * values.sign().double()
+        assert abs(float(away.mean())) < 5 * float(errors.std()) / len(values) ** 0.5 + 2.0**-24 * 2.0**-13
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from torch.nn import functional
+
+from tests.unit.helpers import really_perturbed
+from zoray import loss as module
+from zoray.errors import DataError, ModelError
+from zoray.loss import IGNORED, ModelLoss, RowLosses, doubled
+from zoray.replica import Replica
+
+VOCABULARY = 700
+
+
+class WithHead(nn.Module):
+    """Embeddings and a head with a bias, over more words than a slice of the head holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.lm_head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.embed(input_ids))
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.arange(0, VOCABULARY, 11)[:60].view(4, 15)
+    labels = ids.flip(1).clone()
+    labels[0, :9] = labels[2, 3] = IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+def exact(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    losses = functional.cross_entropy(logits.double().flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(labels.shape).sum(1)
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of 256 words, the fewest there are: the last one holds 188."""
+    monkeypatch.setattr(module, "_SLICE_ELEMENTS", 1)
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("shifted", [True, False])
+def test_a_head_in_slices_gives_the_losses_of_the_whole(shifted: bool) -> None:
+    model, data = WithHead(), batch()
+    with torch.no_grad():
+        found = ModelLoss(model, chunked=True, shifted=shifted)(data)
+        logits, labels = model(data["input_ids"]), data["labels"]
+    expected = exact(logits[:, :-1], labels[:, 1:]) if shifted else exact(logits, labels)
+    torch.testing.assert_close(found.sums, expected, atol=1e-5, rtol=1e-6)
+    counts = (labels[:, 1:] if shifted else labels).ne(IGNORED).sum(1)
+    assert found.sums.dtype == torch.float64 and torch.equal(found.counts, counts)
+    assert found.mean() == pytest.approx(float(expected.sum() / counts.sum()))
+    assert "forward" not in model.lm_head.__dict__
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("signs", ["batched", "sequential"])
+@pytest.mark.parametrize("frozen", [None, "lm_head.weight", "lm_head.bias"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_perturbed_head_in_slices(signs: Any, frozen: str | None, rank: int) -> None:
+    model, data = WithHead(), batch()
+    if frozen is not None:
+        model.get_parameter(frozen).requires_grad_(False)
+    replica = Replica(model, signs=signs, head="chunked", rank=rank)
+    assert replica.prove(data).chunked and replica._prober is not None
+    found = replica._prober.losses(1, 2, data, 0.05)
+    for loss, sign in zip(found, (1, -1), strict=True):
+        with torch.no_grad():
+            logits = really_perturbed(model, replica, 1, 2, sign * 0.05)(data["input_ids"])
+        expected = exact(logits, data["labels"]).sum() / data["labels"].ne(IGNORED).sum()
+        assert loss == pytest.approx(float(expected), abs=2e-6)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_batch_without_a_target_has_no_mean(chunked: bool) -> None:
+    data = batch() | {"labels": torch.full((4, 15), IGNORED)}
+    with torch.no_grad():
+        losses = ModelLoss(WithHead(), chunked=chunked)(data)
+    assert losses.counts.tolist() == [0] * 4 and math.isnan(losses.mean())
+    assert losses.summary() == (0.0, 0.0, 0, 0)
+
+
+def test_classes_and_values_by_row() -> None:
+    model = nn.Identity()
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
+    losses = ModelLoss(model).from_logits(logits, torch.tensor([0, 2]))
+    expected = functional.cross_entropy(logits.double(), torch.tensor([0, 2]), reduction="none")
+    torch.testing.assert_close(losses.sums, expected, atol=1e-6, rtol=1e-6)
+    assert losses.correct is not None and losses.correct.tolist() == [True, False]
+    assert losses.summary()[2:] == (2, 1)
+    regression = ModelLoss(model).from_logits(torch.tensor([[2.0], [-1.0]]), torch.tensor([0.5, 1.0]))
+    assert regression.sums.tolist() == [2.25, 4.0] and regression.mean() == 3.125
+
+
+def test_rows_weigh_as_many_targets_as_they_have() -> None:
+    losses = RowLosses(torch.tensor([6.0, 1.0, 5.0], dtype=torch.float64), torch.tensor([3, 1, 0]))
+    assert losses.mean(slice(0, 2)) == 7 / 4
+    assert losses.mean(slice(1, 2)) == 1.0
+    assert losses.summary() == (3.0, 5.0, 2, 0)
+
+
+def test_the_batch_twice_over() -> None:
+    data = {"ids": torch.arange(6).view(3, 2), "labels": torch.tensor([1, 2, 3]), "shared": torch.ones(1, 4)}
+    twice = doubled(data, 3)
+    assert twice["ids"].tolist() == [[0, 1], [2, 3], [4, 5]] * 2 and twice["labels"].tolist() == [1, 2, 3] * 2
+    assert twice["shared"].shape == (1, 4)
+    with pytest.raises(DataError, match="5 rows"):
+        doubled(data, 5)
+
+
+def test_a_model_without_logits_is_refused() -> None:
+    model = hf.GPT2Model(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(ModelError, match="GPT2Model returns no logits"):
+        ModelLoss(model)({"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.tensor([0, 1])})

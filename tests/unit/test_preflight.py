@@ -1,0 +1,90 @@
+"""What is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launch.preflight import check_memory, check_paths, count_weights
+from zoray.config import RunConfig
+from zoray.errors import DataError, ModelError, ResourceError
+
+
+def config(model: Path | str, train: Path | str = "t", **keys: Any) -> RunConfig:
+    task = {"kind": "causal_lm", "train": str(train), **keys.pop("task", {})}
+    return RunConfig.model_validate({"model": str(model), "max_steps": 1, "task": task, **keys})
+
+
+def weights(folder: Path, *shapes: list[int], name: str = "model.safetensors") -> Path:
+    """A safetensors file that is nothing but its header: only shapes are read."""
+    entries = {f"w{i}": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for i, shape in enumerate(shapes)}
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder
+
+
+def free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("launch.preflight.psutil.virtual_memory", lambda: SimpleNamespace(available=count))
+
+
+def test_weights_are_counted_over_all_files(tmp_path: Path) -> None:
+    weights(tmp_path, [3, 4], [5], name="a.safetensors")
+    assert count_weights(weights(tmp_path, [], [2, 2, 2], name="b.safetensors")) == 12 + 5 + 1 + 8
+
+
+def test_weights_of_a_real_model(tmp_path: Path, tiny_model: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model("llama", tmp_path)
+    assert count_weights(folder) == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+
+
+def test_what_cannot_be_counted_is_left_to_the_replica(tmp_path: Path) -> None:
+    assert count_weights(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"xxxxx")
+    assert count_weights(tmp_path) is None
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_memory_is_enough_or_not_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int
+) -> None:
+    run = config(weights(tmp_path / "m", [1 << 15, 1 << 15]), replicas=3, dtype=dtype)
+    each = width * (1 << 30) + (400 << 20)
+    free(monkeypatch, 3 * each)
+    check_memory(run)
+    free(monkeypatch, 3 * each - 1)
+    with pytest.raises(ResourceError, match="3 replicas of") as caught:
+        check_memory(run)
+    assert "at most 2 replicas" in str(caught.value.advice)
+    assert caught.value.exit_code == 7
+
+
+def test_replicas_elsewhere_need_no_memory_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = weights(tmp_path / "m", [1 << 15, 1 << 15])
+    free(monkeypatch, 0)
+    check_memory(config(folder, gpus_per_replica=1.0))
+    check_memory(config("a-name-on-the-hub"))
+    with pytest.raises(ResourceError):
+        check_memory(config(folder))
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    check_memory(config(folder))
+
+
+def test_missing_files(tmp_path: Path, tiny_model: Any) -> None:
+    model, data = tiny_model("gpt2", tmp_path), tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    check_paths(config(model, data))
+    with pytest.raises(ModelError, match="no folder"):
+        check_paths(config(tmp_path / "missing", data))
+    with pytest.raises(DataError, match="no such file") as caught:
+        check_paths(config(model, tmp_path / "train.jsonl"))
+    assert caught.value.where == str(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match="no such file"):
+        check_paths(config(model, data, task={"eval": str(tmp_path / "eval.jsonl")}))
