@@ -7,6 +7,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,7 +109,13 @@ def commit() -> str:
 
 
 def write_section(key: str, title: str, command: str, rows: list[Row]) -> None:
-    """Replace one section of RESULTS.md, and print it."""
+    """Replace one section of RESULTS.md, and print it.
+
+    Args:
+        key: name of the section's markers in the page.
+        command: what ran, without its options: those this process was given are added.
+    """
+    command = " ".join([command, *sys.argv[1:]])
     lines = [f"## {title}", "", f"`{command}`, {date.today()}, commit {commit()}", "", machine(), ""]
     lines += ["| figure | measured | target | |", "|---|---|---|---|"]
     verdict = {True: "met", False: "**missed**", None: ""}
