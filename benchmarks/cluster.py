@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import ray
-from benchmarks.common import Row, opt_125m, write_section
 
 from actors.coordinator import Coordinator
+from benchmarks.common import Row, opt_125m, write_section
 from zoray.config import RunConfig
 from zoray.runs import RunFolder
 
