@@ -1,12 +1,15 @@
 """Exact products of small integers, the sum S = sum_k c_k a_k b_k^T of an update.
 
 Every factor is at most 127 in magnitude and every partial sum stays below 2^24, so the float32 product is exact for any
-order of summation. Where the processor has an int8 product it is exact by construction and several times faster; it is
-used only after it has proved itself on the extreme values.
+order of summation. Where the processor has an int8 product it is exact by construction and several times faster, but
+without one torch's is a hundred times slower, and older kernels saturate: so it is used only after it has proved itself
+on the extreme values and won a race. Which of the two is used changes no bit.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -15,24 +18,34 @@ MAX_TERMS = (1 << 24) // 127 - 1
 """Most terms (directions times rank) a commit can hold so that 127 * terms < 2^24."""
 
 
+def factor_dtype(device: torch.device) -> torch.dtype:
+    """What the faster exact product on this device takes its factors as: int8 or float32."""
+    return torch.int8 if device.type == "cpu" and _int8_product_is_better() else torch.float32
+
+
 def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right without rounding.
 
     Args:
-        left: int8 (rows, terms) of values in [-127, 127].
-        right: int8 (terms, cols) of signs.
+        left: (rows, terms) of integers in [-127, 127], int8 or float32.
+        right: (terms, cols) of signs, of the same dtype.
 
     Returns:
         int32 or float32 (rows, cols) of integers below 2^24 in magnitude.
     """
     # A single row or column has ambiguous strides, which torch's int8 kernel misreads; there is nothing to gain there.
-    if left.device.type == "cpu" and min(left.shape[0], right.shape[1]) > 1 and _int8_product_is_exact():
+    if left.dtype == torch.int8 and left.shape[0] > 1 and right.shape[1] > 1 and len(right):
         return torch._int_mm(left.contiguous(), right)
     return left.float() @ right.float()
 
 
 @lru_cache(maxsize=1)
-def _int8_product_is_exact() -> bool:
+def _int8_product_is_better() -> bool:
+    """Whether this processor's int8 product is exact, and faster than the float32 one."""
+    return int8_product_is_exact() and _int8_product_is_faster()
+
+
+def int8_product_is_exact() -> bool:
     """Whether this processor's int8 product is exact on the worst case.
 
     Before VNNI, x86 kernels add pairs of 8-bit products in saturating 16-bit arithmetic.
@@ -48,3 +61,18 @@ def _int8_product_is_exact() -> bool:
         if not torch.equal(product.double(), left.double() @ right.double()):
             return False
     return True
+
+
+def _int8_product_is_faster() -> bool:
+    left, right = torch.ones((256, 64), dtype=torch.int8), torch.ones((64, 512), dtype=torch.int8)
+    return _shortest(lambda: torch._int_mm(left, right)) < _shortest(lambda: left.float() @ right.float())
+
+
+def _shortest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of four calls: other processes can only make a call slower."""
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

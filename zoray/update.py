@@ -19,14 +19,14 @@ import torch
 from zoray.commits import Commit
 from zoray.directions import Bytes, Directions, rank_scale, unpack_signs
 from zoray.layout import BLOCK_BYTES, ParamSpec
-from zoray.product import integer_product
+from zoray.product import factor_dtype, integer_product
 from zoray.rounding import rounding_key, stochastic_round
 
 BLOCK_ELEMENTS = 1 << 19
 """Weights updated at a time: the block and its int32 sum stay in cache, also over a whole group of commits."""
 
 Signs = npt.NDArray[np.int8]
-_Sum = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+_Outer = tuple[torch.Tensor, torch.Tensor]
 
 _GROUP_TERMS = 1024
 _PACKED_BYTES = 64 << 20
@@ -102,45 +102,59 @@ class _Group:
         """Apply all commits of the group to a shard, block by block and in place."""
         if not self.commits:
             return
-        spec = shard.spec
-        right_start = spec.offset + spec.rank * spec.row_bytes
-        right = self._signs(right_start, spec.col_bytes, spec.rank, 0, spec.cols) if spec.rank else None
+        spec, device = shard.spec, shard.values.device
         etas = [float(np.float32(commit.eta) * rank_scale(spec)) for commit in self.commits]
+        if self.directions.layout.kind == "gaussian":
+            for block in _blocks(shard, block_elements):
+                for commit, eta, terms in zip(self.commits, etas, self.ranges, strict=True):
+                    _step(block, commit, eta, self._normal_sum(terms, block), self.directions.run_seed)
+            return
+        single = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
+        dtype = torch.float32 if single else factor_dtype(device)
+        right = None
+        if spec.rank:
+            start = spec.offset + spec.rank * spec.row_bytes
+            right = _factor(self._signs(start, spec.col_bytes, spec.rank, 0, spec.cols), device, dtype)
+        else:
+            block_elements = min(block_elements, max(1, _PACKED_BYTES // max(1, len(self.addresses))))
         for block in _blocks(shard, block_elements):
-            if self.directions.layout.kind == "gaussian":
-                sums: Iterator[_Sum] = (self._normal_sum(terms, block) for terms in self.ranges)
-            else:
-                sums = self._exact_sums(block, right)
-            for commit, eta, total in zip(self.commits, etas, sums, strict=True):
-                _step(block, commit, eta, total, self.directions.run_seed)
+            left, across = self._factors(block, right, dtype)
+            updates: Iterator[torch.Tensor | _Outer]
+            updates = self._outer(left, across, etas) if single else self._sums(left, across, spec.rank)
+            for commit, eta, update in zip(self.commits, etas, updates, strict=True):
+                _step(block, commit, eta, update, self.directions.run_seed)
 
     def _bytes(self, start: int, stop: int) -> Bytes:
         if self._packed is not None:
             return self._packed[:, start:stop]
         return self.directions.read(self.addresses, start, stop)
 
-    def _exact_sums(self, block: _Block, right: Signs | None) -> Iterator[_Sum]:
-        """S of each commit for one block, from int8 factors (terms, rank, height) and (terms, rank, width).
-
-        A sum of one outer product is given as its two factors.
-        """
-        spec, (height, width) = block.spec, block.values.shape
+    def _factors(
+        self, block: _Block, right: torch.Tensor | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """c_k a_k of the block's rows, (terms * rank, height), and b_k of its columns, (terms * rank, width)."""
+        spec, (height, width), device = block.spec, block.values.shape, block.values.device
         if right is None:
-            left = self.coefficients[:, None, None]
-            right = self._signs(spec.offset, spec.col_bytes, 1, block.col, width)
-        else:
-            left = self._signs(spec.offset, spec.row_bytes, spec.rank, block.row, height)
-            left = left * self.coefficients[:, None, None]
-            right = right[:, :, block.col : block.col + width]
-        factors = torch.from_numpy(left), torch.from_numpy(right)
+            across = self._signs(spec.offset, spec.col_bytes, 1, block.col, width)
+            return _factor(self.coefficients[:, None, None], device, dtype), _factor(across, device, dtype)
+        left = self._signs(spec.offset, spec.row_bytes, spec.rank, block.row, height)
+        left *= self.coefficients[:, None, None]
+        return _factor(left, device, dtype), right[:, block.col : block.col + width]
+
+    def _sums(self, left: torch.Tensor, right: torch.Tensor, rank: int) -> Iterator[torch.Tensor]:
+        """S of each commit, (height, width) of integers."""
+        rank = max(rank, 1)
         for terms in self.ranges:
-            a, b = (factor[terms].flatten(0, 1).to(block.values.device) for factor in factors)
-            if len(a) == 1:
-                yield a.t().float(), b.float()
-            elif len(a):
-                yield integer_product(a.t(), b)
-            else:
-                yield torch.zeros_like(block.values, dtype=torch.float32)
+            rows = slice(terms.start * rank, terms.stop * rank)
+            yield integer_product(left[rows].t(), right[rows])
+
+    def _outer(self, left: torch.Tensor, right: torch.Tensor, etas: Sequence[float]) -> Iterator[_Outer]:
+        """-eta S of each commit, which has one term, as two factors (height, 1) and (1, width).
+
+        eta * c is rounded here, and its product with a sign is exact: fused into the sum or not, the bits are the same.
+        """
+        scales = torch.tensor(etas, dtype=torch.float32, device=left.device).neg_()
+        return zip((left * scales[:, None])[:, :, None], right[:, None, :], strict=True)
 
     def _signs(self, start: int, piece_bytes: int, pieces: int, first: int, count: int) -> Signs:
         """Signs first..first+count-1 of each of `pieces` adjacent pieces, int8 (terms, pieces, count)."""
@@ -163,17 +177,21 @@ class _Group:
         return total
 
 
-def _step(block: _Block, commit: Commit, eta: float, total: _Sum, run_seed: int) -> None:
+def _factor(signs: Signs, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(terms, rank, count) as one row per outer product, where and as the product wants it."""
+    return torch.from_numpy(signs).flatten(0, 1).to(device, dtype)
+
+
+def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Outer, run_seed: int) -> None:
+    """One commit on one block; `update` is S, or the two factors of -eta S."""
     values, spec = block.values, block.spec
     exact = values.float()  # the weights themselves where they are float32
     if commit.decay != 1.0:
         exact.mul_(commit.decay)
-    if isinstance(total, torch.Tensor):
-        exact.sub_(_float32(total).mul_(eta))
+    if isinstance(update, torch.Tensor):
+        exact.sub_(_float32(update).mul_(eta))
     else:
-        # eta * c is rounded here, and its product with a sign is exact: fused or not, the bits are the same.
-        left, right = total
-        exact.addcmul_(left.mul_(-eta), right)
+        exact.addcmul_(*update)
     if values.dtype != torch.float32:
         key = rounding_key(run_seed, commit.step, spec.name)
         values.copy_(stochastic_round(exact, values.dtype, key, block.row * spec.cols + block.col))
