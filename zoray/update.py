@@ -119,8 +119,9 @@ class _Group:
             block_elements = min(block_elements, max(1, _PACKED_BYTES // max(1, len(self.addresses))))
         for block in _blocks(shard, block_elements):
             left, across = self._factors(block, right, dtype)
-            updates: Iterator[torch.Tensor | _Outer]
-            updates = self._outer(left, across, etas) if single else self._sums(left, across, spec.rank)
+            updates: Iterator[torch.Tensor | _Outer] = self._sums(left, across, spec.rank)
+            if single:
+                updates = self._outer(left, across, etas)
             for commit, eta, update in zip(self.commits, etas, updates, strict=True):
                 _step(block, commit, eta, update, self.directions.run_seed)
 
