@@ -3,9 +3,10 @@
 A folder holds two files. `commits.bin` is the truth: a header (8-byte magic, u32 length, u32 crc32 of both, JSON with
 sorted keys, sha256 of all that), then the records of the steps 0, 1, 2, ... as `zoray.commits` defines them. Each hash
 covers the one before, so no record can be changed, moved, dropped or brought in from elsewhere unnoticed. A record is
-on disk (fsync) before `append` returns. `head` (u64 count, hash of the header, last hash, crc32) is written after each
-append and not synced; it serves only to notice a `commits.bin` that was cut between two records or swapped for another.
-One process writes; any number may read at the same time, with `repair=False`.
+on disk (fsync) before `append` returns; only `cut` takes the last ones away again. `head` (u64 count, hash of the
+header, last hash, crc32) is written after each append and not synced; it serves only to notice a `commits.bin` that was
+cut by other hands between two records, or swapped for another. One process writes; any number may read at the same
+time, with `repair=False`.
 """
 
 from __future__ import annotations
@@ -129,16 +130,10 @@ class Ledger:
             LedgerError: not the next step, not a child of `head`, opened without `repair`, or the disk refuses.
         """
         record, end = commit.encode(), self._offsets[-1]
-        if not self._writable:
-            raise LedgerError("open for reading only", where=str(self.path), advice="open it with repair=True")
         if (commit.step, commit.previous) != (self.next_step, self.head):
             raise LedgerError(f"commit of step {commit.step} does not follow the ledger", where=self._where(end))
         check_hash(record, self.head)
-        with _reported(f"step {commit.step} is not committed", self.path):
-            if self._files.size(self._fd) != end:
-                raise LedgerError(
-                    "the file is not as this ledger left it", where=self._where(end), advice="end any other writer"
-                )
+        with self._changing(f"step {commit.step} is not committed"):
             try:
                 _write_all(self._files, self._fd, record, end)
                 self._files.fsync(self._fd)
@@ -151,10 +146,31 @@ class Ledger:
         self._offsets.append(end + len(record))
         self.head = commit.hash
         try:
-            self._write_head()
+            self._write_head(self.next_step, self.head)
         except OSError as error:
             # The commit is on disk and must not be reported lost; a stale head costs nothing but a check.
             self.warnings.append(f"step {commit.step} is committed, but its head file was not written: {error}")
+
+    def cut(self, step: int) -> int:
+        """Throw away the commits of `step` and later, for good: a replica with wrong weights took part in them.
+
+        A crash on the way leaves them all or none; once this has returned, not even a power cut brings one back. If the
+        disk refuses half-way, the ledger takes no commit until it is opened again. Returns how many commits are gone.
+
+        Raises:
+            LedgerError: the ledger does not reach to `step`, was opened without `repair`, or the disk refuses.
+        """
+        end, _ = self._span(step, self.next_step)
+        with self._changing(f"the commits from step {step} on are not thrown away"):
+            last = next(self.commits(step - 1, step)).hash if step else self.genesis
+            # First and synced: a head that is behind is no fault, one that is ahead would accuse the commits to come.
+            self._write_head(step, last)
+            self._files.fsync(self._head_fd)
+            self._files.truncate(self._fd, end)
+            self._files.fsync(self._fd)
+        gone, self.head = self.next_step - step, last
+        del self._offsets[step + 1 :]
+        return gone
 
     def commits(self, start: int = 0, stop: int | None = None) -> Iterator[Commit]:
         """The commits of the steps `start` to `stop - 1` (None: all there are), read from the file and checked again.
@@ -163,14 +179,26 @@ class Ledger:
             LedgerError: the range is not in the ledger, or a record was damaged since it was opened.
         """
         stop = self.next_step if stop is None else stop
-        if not 0 <= start <= stop <= self.next_step:
-            raise LedgerError(f"no commits {start} to {stop}: there are {self.next_step}", where=str(self.path))
+        self._span(start, stop)
         for step in range(start, stop):
-            offset, end = self._offsets[step : step + 2]
+            offset, end = self._span(step, step + 1)
             with _reported(f"cannot read step {step}", self._where(offset)):
                 data = self._read(HASH_SIZE + end - offset, offset - HASH_SIZE)
                 commit = Commit.decode(data[HASH_SIZE:], data[:HASH_SIZE])
             yield commit
+
+    def records(self, start: int, stop: int) -> bytes:
+        """The encoded records of the steps `start` to `stop - 1` in one read, unchecked: the receiver has to anyway.
+
+        Raises:
+            LedgerError: the range is not in the ledger, or cannot be read.
+        """
+        offset, end = self._span(start, stop)
+        with _reported(f"cannot read the steps {start} to {stop}", self._where(offset)):
+            data = self._read(end - offset, offset)
+            if len(data) < end - offset:
+                raise LedgerError(f"the file ends before step {stop}")
+        return data
 
     def close(self) -> None:
         """Close the files. Closing twice does nothing."""
@@ -184,6 +212,21 @@ class Ledger:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+    @contextmanager
+    def _changing(self, otherwise: str) -> Iterator[None]:
+        if not self._writable:
+            raise LedgerError("open for reading only", where=str(self.path), advice="open it with repair=True")
+        with _reported(otherwise, self.path):
+            if self._files.size(self._fd) != (end := self._offsets[-1]):
+                advice = "end any other writer, then open the ledger again"
+                raise LedgerError("the file is not as this ledger left it", where=self._where(end), advice=advice)
+            yield
+
+    def _span(self, start: int, stop: int) -> tuple[int, int]:
+        if not 0 <= start <= stop <= self.next_step:
+            raise LedgerError(f"no commits {start} to {stop}: there are {self.next_step}", where=str(self.path))
+        return self._offsets[start], self._offsets[stop]
 
     def _read_header(self) -> tuple[dict[str, Any], bytes, int]:
         preamble = self._read(_PREAMBLE.size, 0)
@@ -237,14 +280,14 @@ class Ledger:
         self._files.fsync(self._fd)
         self._head_fd = self._files.open(self.path.with_name("head"), os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         # An older head must not come back after a power cut and accuse the commits made from here on.
-        self._write_head()
+        self._write_head(self.next_step, self.head)
         self._files.fsync(self._head_fd)
         for directory in (self.path.parent, self.path.parent.parent):
             with _opened(self._files, directory, os.O_RDONLY) as fd:
                 self._files.fsync(fd)
 
-    def _write_head(self) -> None:
-        _write_all(self._files, self._head_fd, _encode_head(self.next_step, self.genesis, self.head), 0)
+    def _write_head(self, count: int, last: bytes) -> None:
+        _write_all(self._files, self._head_fd, _encode_head(count, self.genesis, last), 0)
 
     def _read(self, count: int, offset: int) -> bytes:
         data = b""

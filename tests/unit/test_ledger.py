@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -303,6 +304,76 @@ def test_create_and_open_say_what_is_in_the_way(tmp_path: Path) -> None:
         Ledger.create(tmp_path / "file", HEADER)
 
 
+@pytest.mark.parametrize("step", range(6))
+def test_commits_thrown_away_are_computed_again(tmp_path: Path, sample: Sample, step: int) -> None:
+    folder = lay(tmp_path / "cut", sample.data, sample.head)
+    with Ledger.open(folder, repair=True, files=UNSYNCED) as ledger:
+        assert ledger.cut(step) == 5 - step
+        assert (ledger.next_step, list(ledger.commits())) == (step, sample.commits[:step])
+        assert ledger.head == (sample.commits[step - 1].hash if step else ledger.genesis)
+        assert look(folder, repair=False) == (sample.commits[:step], [])
+        assert (folder / "commits.bin").read_bytes() == sample.prefix(step)
+        made = fill(ledger, 6 - step, salt=1)
+        # Step 1 is the null commit, whatever the salt.
+        assert not {commit.hash for commit in made[1:]} & {commit.hash for commit in sample.commits}
+        assert list(ledger.commits()) == sample.commits[:step] + made
+    assert look(folder, repair=True) == (sample.commits[:step] + made, [])
+
+
+def test_cut_refuses_what_it_cannot_do(tmp_path: Path, sample: Sample) -> None:
+    folder = lay(tmp_path / "cut", sample.data, sample.head)
+    with Ledger.open(folder, repair=False) as reader, pytest.raises(LedgerError, match="repair=True"):
+        reader.cut(2)
+    with Ledger.open(folder, repair=True, files=UNSYNCED) as ledger:
+        for step in (-1, 6):
+            with pytest.raises(LedgerError, match="there are 5"):
+                ledger.cut(step)
+        (folder / "commits.bin").write_bytes(sample.data + b"!")
+        with pytest.raises(LedgerError, match="other writer"):
+            ledger.cut(2)
+        (folder / "commits.bin").write_bytes(sample.data)
+    with pytest.raises(LedgerError, match="Bad file descriptor"):
+        ledger.cut(2)
+    assert look(folder, repair=False) == (sample.commits, [])
+
+
+def test_a_ledger_is_not_cut_back_to_a_damaged_record(tmp_path: Path, sample: Sample) -> None:
+    folder = lay(tmp_path / "cut", sample.data, sample.head)
+    with Ledger.open(folder, repair=True, files=UNSYNCED) as ledger:
+        damaged = bytearray(sample.data)
+        damaged[sample.borders[2] - 1] ^= 1
+        (folder / "commits.bin").write_bytes(damaged)
+        with pytest.raises(LedgerError, match=f"byte {sample.borders[1]}"):
+            ledger.cut(2)
+    assert (folder / "commits.bin").read_bytes() == damaged
+
+
+def test_records_are_the_bytes_of_the_commits(tmp_path: Path, sample: Sample) -> None:
+    reads = []
+
+    def count(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        reads.extend([name] if name == "read" else [])
+        return call(*arguments)
+
+    folder = lay(tmp_path / "records", sample.data, sample.head)
+    with Ledger.open(folder, repair=False, files=layer(count)) as ledger:
+        for start, stop in [(a, b) for a in range(6) for b in range(a, 6)]:
+            reads.clear()
+            found = ledger.records(start, stop)
+            assert len(reads) == (stop > start)
+            assert found == b"".join(commit.encode() for commit in ledger.commits(start, stop))
+        for start, stop in [(-1, 2), (0, 6), (3, 2)]:
+            with pytest.raises(LedgerError, match="there are 5"):
+                ledger.records(start, stop)
+        (folder / "commits.bin").write_bytes(sample.data[:-1])
+        assert ledger.records(0, 4) == sample.data[sample.borders[0] : sample.borders[4]]
+        with pytest.raises(LedgerError, match="ends before step 5") as caught:
+            ledger.records(3, 5)
+        assert f"byte {sample.borders[3]}" in str(caught.value)
+    with pytest.raises(LedgerError, match="cannot read"):
+        ledger.records(0, 4)
+
+
 def test_the_header_is_the_same_whatever_the_order_of_its_keys(tmp_path: Path, sample: Sample) -> None:
     with Ledger.create(tmp_path / "ledger", dict(reversed(HEADER.items()))) as ledger:
         assert ledger.genesis == sample.genesis
@@ -481,6 +552,63 @@ def test_a_head_that_is_ahead_is_replaced_for_good(tmp_path: Path, sample: Sampl
     assert disk.saved[folder / "head"] == Sample(tmp_path / "two", count=2).head
 
 
+def cut_and_go_on(folder: Path, disk: Disk, fatal: int) -> int | None:
+    """Cut a ledger of 5 commits to 2, append 4 others, and die at a call; how many are acknowledged (None: 5 or 2)."""
+    ledger = Ledger.open(folder, repair=True, files=disk.files)
+    disk.fatal, done = len(disk.calls) + fatal, None
+    with suppress(Crash):
+        ledger.cut(2)
+        for done in range(2, 7):
+            if done < 6:
+                fill(ledger, 1, salt=1)
+    ledger.close()
+    return done
+
+
+@pytest.mark.parametrize("power", ["stays", "is cut"])
+@pytest.mark.parametrize("moment", ["before", "half-way", "after"])
+def test_a_crash_at_any_call_of_a_cut_and_after(tmp_path: Path, sample: Sample, moment: str, power: str) -> None:
+    folder, seen = tmp_path / "ledger", set()
+    with Ledger.create(tmp_path / "branch", HEADER, files=UNSYNCED) as ledger:
+        branch = fill(ledger, 2) + fill(ledger, 4, salt=1)
+    for fatal in range(100):
+        disk = Disk(-1, moment)
+        done = cut_and_go_on(lay(folder, sample.data, sample.head), disk, fatal)
+        names = (folder / "commits.bin", folder / "head")
+        # Without power, of each file there is what was synced last, or what was written since, or a part of that.
+        written, synced = [name.read_bytes() for name in names], [disk.saved[name] for name in names]
+        records, heads = [written[0]], [written[1]]
+        if power == "is cut":
+            records += [synced[0], written[0][: (len(synced[0]) + len(written[0])) // 2]]
+            heads += [synced[1], written[1][:40] + synced[1][40:]]
+        for data, head in [(data, head) for data in records for head in heads]:
+            with Ledger.open(lay(folder, data, head), repair=True, files=UNSYNCED) as ledger:
+                assert not any("missing:" in warning for warning in ledger.warnings)
+                found = list(ledger.commits())
+                seen.add((done is None, len(found)))
+                if done is None and found == sample.commits:
+                    assert ledger.cut(2) == 3
+                elif done is None:
+                    assert found == sample.commits[:2]
+                else:
+                    assert found == branch[: len(found)] and len(found) in (done, done + 1)
+                fill(ledger, 6 - ledger.next_step, salt=1)
+            assert look(folder, repair=True) == (branch, [])
+        if done == 6:
+            break
+    assert fatal == 4 + 4 * 3 and {(True, 5), (True, 2), (False, 3), (False, 6)} <= seen
+
+
+def test_a_cut_syncs_the_head_before_the_records_go(tmp_path: Path, sample: Sample) -> None:
+    folder, disk = lay(tmp_path / "ledger", sample.data, sample.head), Disk(-1, "never")
+    with Ledger.open(folder, repair=True, files=disk.files) as ledger:
+        before = len(disk.calls)
+        ledger.cut(2)
+    assert disk.calls[before:] == ["write", "fsync", "truncate", "fsync"]
+    assert disk.saved[folder / "commits.bin"] == sample.prefix(2)
+    assert disk.saved[folder / "head"] == Sample(tmp_path / "two", count=2).head
+
+
 class Failing:
     """A layer whose calls of the given names raise while `on`; writes first take `taken` bytes."""
 
@@ -524,6 +652,46 @@ def test_an_append_that_fails_leaves_the_file_as_it_was(
         failing.on = False
         assert fill(ledger, 2) == sample.commits[3:]
     assert path.read_bytes() == sample.data
+
+
+@pytest.mark.parametrize(
+    "failing", [Failing("size"), Failing("write"), Failing("write", taken=40), Failing("fsync"), Failing("truncate")]
+)
+def test_a_cut_that_fails_leaves_the_records(tmp_path: Path, sample: Sample, failing: Failing) -> None:
+    folder = lay(tmp_path / "ledger", sample.data, sample.head)
+    with Ledger.open(folder, repair=True, files=failing.files) as ledger:
+        failing.on = True
+        with pytest.raises(LedgerError, match=r"from step 2 on are not thrown away.*No space left") as caught:
+            ledger.cut(2)
+        assert caught.value.where == str(folder / "commits.bin")
+        failing.on = False
+        assert look(folder, repair=False)[0] == list(ledger.commits()) == sample.commits
+        more = fill(ledger, 1)
+        assert look(folder, repair=False) == (sample.commits + more, [])
+        assert ledger.cut(2) == 4
+    assert look(folder, repair=False) == (sample.commits[:2], [])
+
+
+def test_a_cut_that_may_not_be_durable_is_not_built_on(tmp_path: Path, sample: Sample) -> None:
+    calls: list[str] = []
+
+    def fail(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        calls.append(name)
+        if calls[-2:] == ["truncate", "fsync"]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return call(*arguments)
+
+    folder = lay(tmp_path / "ledger", sample.data, sample.head)
+    with Ledger.open(folder, repair=True, files=layer(fail)) as ledger:
+        with pytest.raises(LedgerError, match="Input/output error"):
+            ledger.cut(2)
+        for act in (partial(fill, ledger, 1), partial(ledger.cut, 2)):
+            with pytest.raises(LedgerError, match="open the ledger again"):
+                act()
+    with Ledger.open(folder, repair=True, files=UNSYNCED) as ledger:
+        assert (list(ledger.commits()), ledger.warnings) == (sample.commits[:2], [])
+        fill(ledger, 4, salt=1)
+    assert look(folder, repair=False)[1] == []
 
 
 @pytest.mark.parametrize("taken", [1, 30, 69])
