@@ -5,6 +5,7 @@ ledger/          the run itself: the commits
 metrics/         steps.jsonl, evaluations.jsonl, digests.jsonl: one JSON object a line
 snapshots/       step-N/: weights at a step, to shorten replay
 log.txt          what happened, in words
+state.json       who runs it and where, or how it ended
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class RunFolder:
         """The log, in words."""
         return self.path / "log.txt"
 
+    @property
+    def state_path(self) -> Path:
+        """Who runs it and where, or how it ended."""
+        return self.path / "state.json"
+
     @staticmethod
     def create(config: RunConfig, stem: str) -> RunFolder:
         """A new folder under `output_dir`, named `run_name`, or `stem` and four hexadecimal digits.
@@ -92,26 +98,42 @@ class RunFolder:
         for path in (Path(run), Path(output_dir) / run):
             if (path / "config.yaml").is_file():
                 return RunFolder(path.absolute())
-        known = sorted(path.parent.name for path in Path(output_dir).glob("*/config.yaml"))
+        known = [folder.name for folder in RunFolder.all(output_dir)]
         raise RunError(
             f"There is no run {run!r}.",
             where=str(Path(output_dir).absolute()),
             advice="give one of: " + ", ".join(known) if known else "start one with `zoray train CONFIG`",
         )
 
+    @staticmethod
+    def all(output_dir: str = "runs") -> list[RunFolder]:
+        """The runs under `output_dir`, by name: the folders with a configuration."""
+        found = sorted(path.parent for path in Path(output_dir).absolute().glob("*/config.yaml") if path.is_file())
+        return [RunFolder(path) for path in found]
+
     def write_config(self, config: RunConfig) -> None:
         """Write the configuration as resolved."""
-        temporary = self.config_path.with_suffix(".tmp")
-        temporary.write_text(dump(config))
-        temporary.replace(self.config_path)
+        _replace(self.config_path, dump(config).encode())
 
     def config(self, overrides: list[str] | None = None) -> RunConfig:
         """The run's configuration, with overrides of the form `key=value`."""
         return load(self.config_path, overrides or [])
 
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """Say who runs it and where, or how it ended, in place of what was said before."""
+        _replace(self.state_path, json.dumps(state, indent=2).encode() + b"\n")
+
+    def read_state(self) -> dict[str, Any]:
+        """What `write_state` said last; empty if nothing, or nothing that can be read."""
+        try:
+            state = json.loads(self.state_path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
     def append(self, table: Table, row: Mapping[str, Any]) -> None:
         """Add one line to a table of metrics; one that a crash cut off does not swallow it."""
-        with (self.path / "metrics" / f"{table}.jsonl").open("ab+") as file:
+        with self._table(table).open("ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
             file.write(json.dumps(row).encode() + b"\n")
@@ -121,12 +143,43 @@ class RunFolder:
 
         A last line that was cut off by a crash is passed over.
         """
-        path = self.path / "metrics" / f"{table}.jsonl"
-        found: dict[int, dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        found = {step: row for step, row, _ in self._lines(table)}
+        yield from (found[step] for step in sorted(found))
+
+    def forget(self, table: Table, after: int) -> None:
+        """Remove the rows of the steps after `after`: their commits were thrown away and will be computed again."""
+        kept, gone = [], False
+        for step, _, line in self._lines(table):
+            if step <= after:
+                kept.append(line + b"\n")
+            else:
+                gone = True
+        if gone:
+            _replace(self._table(table), b"".join(kept))
+
+    def _table(self, table: Table) -> Path:
+        return self.path / "metrics" / f"{table}.jsonl"
+
+    def _lines(self, table: Table) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+        path = self._table(table)
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            found[int(row["step"])] = row
-        yield from (found[step] for step in sorted(found))
+            yield int(row["step"]), row, line
+
+
+def _replace(path: Path, content: bytes) -> None:
+    # A name of its own: the process that ends and the one that says so may write at the same time.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            # Or the new name may reach the disk before what it names, and a power cut leaves neither content.
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -90,3 +92,73 @@ def test_a_line_cut_off_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes() + b'{"step": 1, "lo')
     folder.append("steps", {"step": 1, "loss": 2.0})
     assert [row["loss"] for row in folder.rows("steps")] == [1.0, 2.0]
+
+
+def test_rows_after_a_step_are_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path, run_name="a"), "x")
+    folder.forget("steps", 3)
+    assert not list((folder.path / "metrics").iterdir())
+    for step, loss in ((0, 3.0), (1, 2.0), (2, 9.0), (1, 1.5), (2, 1.0), (3, 0.5)):
+        folder.append("steps", {"step": step, "loss": loss})
+        folder.append("digests", {"step": step})
+    path = folder.path / "metrics" / "steps.jsonl"
+    before = path.read_bytes()
+    for after in (3, 100):
+        folder.forget("steps", after)
+        assert path.read_bytes() == before
+    with path.open("ab") as file:
+        file.write(b'{"step": 4, "lo')
+    folder.forget("steps", 1)
+    assert path.read_bytes().splitlines() == [before.splitlines()[at] for at in (0, 1, 3)]
+    folder.append("steps", {"step": 2, "loss": 0.75})
+    assert [row["loss"] for row in folder.rows("steps")] == [3.0, 1.5, 0.75]
+    folder.forget("steps", -1)
+    assert list(folder.rows("steps")) == []
+    assert [row["step"] for row in folder.rows("digests")] == [0, 1, 2, 3]
+    assert sorted(path.name for path in (folder.path / "metrics").iterdir()) == ["digests.jsonl", "steps.jsonl"]
+
+
+def test_a_crash_while_forgetting_leaves_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(config(tmp_path, run_name="a"), "x")
+    for step in range(3):
+        folder.append("steps", {"step": step})
+
+    def full(path: Path, target: Path) -> None:
+        assert path.read_bytes() == b'{"step": 0}\n'
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        folder.forget("steps", 0)
+    assert [row["step"] for row in folder.rows("steps")] == [0, 1, 2]
+    assert os.listdir(folder.path / "metrics") == ["steps.jsonl"]
+
+
+def test_the_state_is_what_was_said_last(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path, run_name="a"), "x")
+    assert folder.state_path == tmp_path / "a" / "state.json"
+    assert folder.read_state() == {}
+    for state in ({"status": "running", "address": {"host": "h", "port": 1}}, {"status": "finished"}):
+        folder.write_state(state)
+        assert folder.read_state() == state == json.loads(folder.state_path.read_text())
+    assert sorted(os.listdir(folder.path)) == ["config.yaml", "metrics", "snapshots", "state.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"status": "ru', b"[1]", b"\0\0\0", b"\xff"])
+def test_a_state_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    folder.state_path.write_bytes(content)
+    assert folder.read_state() == {}
+    folder.state_path.unlink()
+    folder.state_path.mkdir()
+    assert folder.read_state() == {}
+
+
+def test_all_runs_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RunFolder.all(str(tmp_path / "nowhere")) == []
+    made = [RunFolder.create(config(tmp_path / "runs", run_name=name), "x") for name in ("c", "a", "b")]
+    (tmp_path / "runs" / "no-run").mkdir()
+    (tmp_path / "runs" / "file").write_text("")
+    (tmp_path / "runs" / "odd" / "config.yaml").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.all() == RunFolder.all(str(tmp_path / "runs")) == sorted(made, key=lambda folder: folder.name)
