@@ -27,6 +27,8 @@ from zoray.protocol import (
     Refused,
     Release,
     Report,
+    Rewind,
+    Rewound,
     State,
     Tick,
     decode_answer,
@@ -80,6 +82,7 @@ class SimulatedReplica:
             if self.world.flips.get(self.name) == self.held:
                 del self.world.flips[self.name]
                 self.flipped, self.weights = True, -self.weights
+                self.world.tainted = True
 
     def _next(self) -> None:
         if self.busy or not self.inbox:
@@ -210,6 +213,8 @@ class SimulatedCoordinator:
                 world.send(lambda: world.replicas[name].receive(request, life))
             case AppendCommit(commit):
                 return self._append(commit)
+            case Rewind(step):
+                return self._cut(step)
             case Report(record):
                 world.check_report(record.step, record.evaluation)
             case Release(name, _, cause):
@@ -226,6 +231,18 @@ class SimulatedCoordinator:
             return AppendFailed(commit.step, error.what)
         self.world.acknowledged = max(self.world.acknowledged, commit.step + 1)
         return CommitDurable(commit.step)
+
+    def _cut(self, step: int) -> Event:
+        assert self.ledger is not None
+        self.world.rewinding(step)
+        try:
+            self.ledger.cut(step)
+        except LedgerError as error:
+            return AppendFailed(step, error.what)
+        skipped = 0
+        for commit in self.ledger.commits():
+            skipped = 0 if commit.applied else skipped + 1
+        return Rewound(step, self.ledger.head, skipped)
 
     def _finish(self, finish: Finish) -> None:
         assert self.state is not None

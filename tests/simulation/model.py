@@ -68,7 +68,7 @@ class Problem:
         address = (item.step * 7 + item.direction) * 3 + item.microbatch
         if item.step in self.broken_steps or (self.broken_every and address % self.broken_every == 0):
             return ProbeScalars(math.inf, math.nan, 0.0, 1.0)
-        return ProbeScalars(g, loss, 0.0, 1.0)
+        return ProbeScalars(g, loss, 0.5, 1.0)
 
 
 @dataclass

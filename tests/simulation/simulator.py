@@ -31,6 +31,9 @@ LIMIT = 20000.0
 class Simulation:
     """One schedule; `run` returns when the run has ended as the undisturbed one does.
 
+    Once weights were changed the run is `tainted`: until it goes back, its commits need not be those of the undisturbed
+    run.
+
     Besides what the seed draws: `change` alters it, `bugs` are planted in the actors, `flips` says at which step whose
     weights change, `disk_fault` is the system call of the coordinator's first life that fails and how, and
     `cut_before_action` the action of the kernel that is not carried out. `met` counts what happened.
@@ -49,6 +52,7 @@ class Simulation:
     disk_fault: tuple[int, str] | None = None
     cut_before_action: int = 0
     flips: dict[str, int] = field(default_factory=dict)
+    tainted: bool = False
     met: Counter[str] = field(default_factory=Counter)
     replicas: dict[str, SimulatedReplica] = field(default_factory=dict)
 
@@ -129,9 +133,20 @@ class Simulation:
 
     def released(self, replica: SimulatedReplica, cause: str) -> None:
         self.met[f"released: {cause}"] += 1
-        if cause == "violation" or (cause == "diverged" and not replica.flipped):
+        if cause == "violation" or (cause in ("diverged", "rewound") and not self.tainted):
             raise InvariantError(f"a healthy replica is released: {cause}")
         self.crash(replica, silent=True, returns=cause != "drained" or not self.stormy)
+
+    def rewinding(self, step: int) -> None:
+        """The commits from `step` on are cut away: nothing that has seen them may come back."""
+        self.met["rewinds to a step"] += 1
+        if not self.tainted:
+            raise InvariantError("the run goes back though nothing diverged")
+        self.acknowledged = min(self.acknowledged, step)
+        self.saved = [saved for saved in self.saved if saved.step <= step]
+        for replica in self.replicas.values():
+            self.crash(replica, silent=True)
+        self.tainted = any(replica.flipped for replica in self.replicas.values() if replica.alive)
 
     def finishing(self, finish: Finish) -> None:
         """Judge the end of one life of the coordinator; the run is over when it is done (or gives up as it should)."""
@@ -152,6 +167,8 @@ class Simulation:
     def check_applied(self, replica: SimulatedReplica, commit: Commit) -> None:
         """Exactly once, in order, and never before it is durable."""
         step = commit.step
+        if self.tainted:
+            return
         if replica.held != step + 1 or commit != self.golden.commits[step]:
             raise InvariantError(f"{replica.name} applies another commit of step {step} than the undisturbed run")
         if replica.weights.tobytes() != self.golden.weights[step + 1].tobytes():
@@ -164,7 +181,7 @@ class Simulation:
             raise InvariantError(f"{self.acknowledged} steps were committed, {ledger.next_step} are left")
 
     def check_report(self, step: int, evaluation: object) -> None:
-        if evaluation != self.golden.evaluations.get(step):
+        if not self.tainted and evaluation != self.golden.evaluations.get(step):
             raise InvariantError(f"the evaluation of step {step} differs from that of the undisturbed run")
 
     def freeze(self, state: State) -> tuple[State, State] | None:

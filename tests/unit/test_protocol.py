@@ -35,6 +35,8 @@ from zoray.protocol import (
     ReplicaLost,
     ReplicaReady,
     Report,
+    Rewind,
+    Rewound,
     Settings,
     State,
     StopRequested,
@@ -51,6 +53,7 @@ GENESIS = bytes(32)
 
 def settings(**changes: object) -> Settings:
     defaults: dict[str, object] = {"max_steps": 3, "directions": 2, "learning_rate": lambda step: 0.1}
+    defaults |= {"prove_newcomers": False, "digest_share": 0.0}
     return Settings(**{**defaults, **changes})  # type: ignore[arg-type]
 
 
@@ -303,12 +306,93 @@ def test_digests_that_agree_end_the_run_and_a_minority_is_released() -> None:
     assert of(Finish, actions)[0].digest == 5 and run.state.counters.diverged == 1
 
 
-def test_digests_without_a_majority_end_the_run() -> None:
-    run = Driver(settings(max_steps=1), step=1)
-    for assign, digest in zip(run.join("a", "b", step=1), (5, 6), strict=True):
-        actions = run.answer(assign, digest=digest)
+def test_replicas_without_a_majority_are_all_released_and_too_many_times_end_the_run() -> None:
+    run = Driver(settings(max_steps=1, max_rewinds=2), step=1)
+    for attempt in range(3):
+        assert not of(Finish, run.log)
+        for assign, digest in zip(run.join(f"a{attempt}", f"b{attempt}", step=1), (5, 6), strict=True):
+            actions = run.answer(assign, digest=digest)
+        assert len(of(Release, actions)) == 2 and not run.state.members
     (finish,) = of(Finish, actions)
-    assert finish.reason == "numerics" and "no majority" in finish.text and "zoray verify" in str(finish.advice)
+    assert finish.reason == "numerics" and "3 times in a row" in finish.text and "zoray verify" in str(finish.advice)
+
+
+def play_until(run: Driver, step: int, assigned: Iterable[Assign]) -> list[Assign]:
+    """Let all replicas work until the run is at `step`; what is unanswered then."""
+    todo = list(assigned)
+    while run.state.step < step:
+        actions = list(run.answer(todo.pop(0)))
+        actions += [a for c in of(AppendCommit, actions) for a in run.feed(CommitDurable(c.commit.step))]
+        todo += of(Assign, actions)
+    return todo
+
+
+def test_commits_made_with_a_diverged_replica_are_computed_again() -> None:
+    run = Driver(settings(max_steps=20, directions=6, digest_every=4))
+    todo = play_until(run, 4, run.join("a", "b", "c"))
+    for assign in todo:
+        run.answer(assign, digest=5)
+    digests = [a for a in play_until(run, 8, of(Assign, run.log)[-3:]) if a.item == Item(Kind.DIGEST, 8)]
+    assert {a.replica for a in digests} == {"a", "b", "c"}
+    probes = [of(Assign, run.answer(a, digest=6 if a.replica == "b" else 5))[0] for a in digests]
+    while not of(Rewind, run.log):
+        assign = probes.pop(0)
+        probes += of(Assign, run.answer(assign))
+    (rewind,) = of(Rewind, run.log)
+    assert rewind.step == 4 and not run.state.members and run.state.phase is Phase.REWINDING
+    assert [r.cause for r in of(Release, run.log)] == ["diverged", "rewound", "rewound"]
+    (refused,) = run.feed(ReplicaReady("late", 7))
+    assert isinstance(refused, Release) and refused.cause == "rewound"
+    run.feed(Rewound(4, GENESIS, 0))
+    assert (run.state.step, run.state.phase, run.state.counters.rewinds) == (4, Phase.PROBING, 1)
+    assert [a.item.step for a in run.join("d", step=2)] == [4]
+
+
+def test_newcomer_gives_its_digest_before_it_takes_probes() -> None:
+    run = Driver(settings(directions=8, prove_newcomers=True))
+    assert [a.item.kind for a in run.join("a")] == [Kind.PROBE]
+    (digest,) = run.join("b")
+    assert digest.item == Item(Kind.DIGEST, 0)
+    (witness,) = of(Assign, run.answer(Assign("a", probe(0, 0), 0)))
+    assert witness.item == Item(Kind.DIGEST, 0)
+    todo = [*of(Assign, run.answer(digest)), *of(Assign, run.answer(witness))]
+    run.play(todo)
+    assert all(member.proven for member in run.state.members.values()) and of(Finish, run.log)[0].reason == "done"
+    assert sum(a.item.kind is Kind.DIGEST and a.item.step < 3 for a in of(Assign, run.log)) == 2
+
+
+def test_two_witnesses_are_asked_for_a_newcomer() -> None:
+    run = Driver(settings(max_steps=50, directions=40, prove_newcomers=True))
+    todo = play_until(run, 1, run.join(*"abcde"))
+    assert all(member.proven for member in run.state.members.values())
+    (digest,) = run.join("new", step=1)
+    todo += [digest]
+    for _ in range(30):
+        todo += of(Assign, run.answer(todo.pop(0)))
+    asked = [a.replica for a in of(Assign, run.log) if a.item == Item(Kind.DIGEST, 1)]
+    assert len(asked) == 3 and "new" in asked
+
+
+def test_digests_are_compared_as_often_as_they_cost_one_percent() -> None:
+    run = Driver(settings(max_steps=400, directions=2, prove_newcomers=True, digest_share=0.01))
+    todo = run.join("a", "b")
+    while run.state.step < 400:
+        assign = todo.pop(0)
+        run.now += 0.5
+        actions = list(run.answer(assign))
+        actions += [a for c in of(AppendCommit, actions) for a in run.feed(CommitDurable(c.commit.step))]
+        todo += of(Assign, actions)
+    digests = sum(a.item.kind is Kind.DIGEST for a in of(Assign, run.log))
+    seconds = run.state.durations[Kind.DIGEST]
+    assert digests >= 4 and digests / 2 * max(seconds) <= 0.02 * run.now + 2 * max(seconds)
+
+
+def test_snapshot_is_due_when_replay_would_take_longer_than_asked() -> None:
+    run = Driver(settings(max_steps=50, directions=2, snapshot_after=5.0))
+    run.play(run.join("a"))
+    steps = [a.item.step for a in of(Assign, run.log) if a.item.kind is Kind.SNAPSHOT]
+    # A step's probes say 0.25 s of applying each, 0.5 s in all.
+    assert steps == [10, 20, 30, 40, 50]
 
 
 def test_what_a_divergent_replica_gave_is_computed_again() -> None:

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import median
-from typing import Literal
 
-from zoray.protocol.messages import Action, Assign, Item, Kind, Release, Warn
+from zoray.protocol.messages import Action, Assign, Cause, Item, Kind, Release, Warn
 from zoray.protocol.state import Flight, State
 
 RECENT = 31
 """Durations the median of a kind is taken over."""
 
+WITNESSES = 2
+"""Proven replicas whose digests a newcomer's is compared with."""
+
 
 def assign(state: State, now: float, actions: list[Action]) -> None:
     """Give every idle replica an item while there is one. Where digests are compared, a replica's own comes first."""
     if state.comparing:
-        for name in [name for name in state.idle if name not in state.digests]:
-            give(state, name, Item(Kind.DIGEST, state.step), now, actions)
+        for name in tuple(state.idle):
+            if _asked(state, name):
+                give(state, name, Item(Kind.DIGEST, state.step), now, actions)
     while state.idle and (item := _next_item(state)) is not None:
         give(state, next(iter(state.idle)), item, now, actions)
+
+
+def _asked(state: State, name: str) -> bool:
+    """Whether an idle replica has to give its digest now: to prove a newcomer, two witnesses are enough."""
+    if name in state.digests:
+        return False
+    if state.thorough or not state.members[name].proven:
+        return True
+    giving = (other for other, m in state.members.items() if m.proven and m.item and m.item.kind is Kind.DIGEST)
+    given = (other for other in state.digests if other in state.members and state.members[other].proven)
+    return len({*giving, *given}) < WITNESSES
 
 
 def _next_item(state: State) -> Item | None:
@@ -85,14 +99,14 @@ def drop(state: State, name: str) -> bool:
 def release(
     state: State,
     name: str,
-    cause: Literal["drained", "diverged", "violation", "silent", "failing"],
+    cause: Cause,
     reason: str,
     actions: list[Action],
 ) -> None:
     """Put a replica out of the run."""
     drop(state, name)
     actions.append(Release(name, reason, cause))
-    if cause != "drained":
+    if cause not in ("drained", "rewound"):
         actions.append(Warn(f"replica {name} is released: {reason}"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 from zoray.aggregate import ProbeResult, aggregate
 from zoray.errors import NumericsError
@@ -16,6 +17,7 @@ from zoray.protocol.messages import (
     Finish,
     ProbeScalars,
     Report,
+    Rewind,
     StepRecord,
     Warn,
 )
@@ -58,11 +60,17 @@ def conclude(state: State, step: int, now: float, actions: list[Action]) -> None
         return
     commit = state.pending.commit
     actions.append(Report(_record(state, now)))
+    for result in state.results.values():
+        if result.replica in state.members and len(state.members) > 1:
+            state.unproven.setdefault(result.replica, step)
     state.skipped = 0 if commit.applied else state.skipped + 1
     if state.skipped:
         text = f"step {step} is skipped: none of its losses is finite"
         actions.append(Warn(f"{text} ({state.skipped} in a row, {state.settings.max_skipped_steps} end the run)"))
+    seconds = (r.payload.apply_seconds for r in state.results.values() if isinstance(r.payload, ProbeScalars))
+    state.replay += math.fsum(seconds) / max(1, len(state.members))
     state.step, state.previous = step + 1, commit.hash
+    state.unproven = {name: since for name, since in state.unproven.items() if name in state.members}
     open_step(state, now)
 
 
@@ -73,7 +81,7 @@ def close(state: State, now: float, actions: list[Action]) -> None:
         actions.append(Finish("stopped", state.step, f"stopped at step {state.step}: no replica is left to compare"))
         return
     awaited = [name for name, member in state.members.items() if name not in state.digests and not member.draining]
-    if state.missing or awaited or not state.digests or not _compare(state, actions):
+    if state.missing or awaited or not state.digests or not _compare(state, actions) or not state.digests:
         return
     state.decided = now
     record = _record(state, now)
@@ -87,29 +95,67 @@ def close(state: State, now: float, actions: list[Action]) -> None:
 
 
 def _compare(state: State, actions: list[Action]) -> bool:
-    """Release the minority and throw away what it gave; whether the step can go on as it is."""
+    """Settle whose weights are right, by majority; whether the step can go on as it is."""
     votes = Counter(state.digests.values()).most_common()
-    if len(votes) <= 1:
+    if not votes:
         return True
-    if votes[0][1] * 2 <= len(state.digests):
-        state.phase = Phase.FINISHED
-        said = ", ".join(f"{name}: {digest:#x}" for name, digest in sorted(state.digests.items()))
-        text = f"replicas disagree on the weights at step {state.step} and there is no majority ({said})"
-        advice = "run `zoray verify` to see which digest the ledger gives, then resume"
-        actions.append(Finish("numerics", state.step, text, advice))
-        return False
-    for name in [name for name, digest in state.digests.items() if digest != votes[0][0]]:
+    winner, count = votes[0]
+    agreed = count * 2 > len(state.digests)
+    right = [name for name, digest in state.digests.items() if agreed and digest == winner]
+    if len(right) > 1:
+        state.rewinds = 0
+        for name in right:
+            state.unproven.pop(name, None)
+            if (member := state.members.get(name)) is not None:
+                state.members[name] = replace(member, proven=True)
+    if len(right) < len(state.digests):
+        _expel(state, [name for name in state.digests if name not in right], len(right), actions)
+    return state.phase in (Phase.PROBING, Phase.CLOSING) and state.missing == 0
+
+
+def _expel(state: State, wrong: list[str], right: int, actions: list[Action]) -> None:
+    """Release replicas whose digests are wrong, and undo what they took part in since they were last right.
+
+    Without a majority nobody knows who is wrong: all go, and replicas built anew from the ledger take their place.
+    """
+    first = min((state.unproven[name] for name in wrong if name in state.unproven), default=state.step)
+    if not right:
+        said = ", ".join(f"{name}: {state.digests[name]:016x}" for name in sorted(wrong))
+        actions.append(Warn(f"replicas disagree on the weights at step {state.step}, without a majority ({said})"))
+    for name in wrong:
         del state.digests[name]
         state.count("diverged")
-        reason = f"its digest at step {state.step} differs from that of {votes[0][1]} others"
         if name in state.members:
-            release(state, name, "diverged", reason, actions)
-        for item in [item for item, result in state.results.items() if result.replica == name]:
-            del state.results[item]
-            state.missing += counts(state, item)
-            if item not in state.flights:
-                state.again = (*state.again, item)
-    return state.missing == 0
+            others = f"that of {right} others" if right else "another's, and no majority says whose is right"
+            release(state, name, "diverged", f"its digest at step {state.step} differs from {others}", actions)
+        _disregard(state, name)
+    state.rewinds += 1
+    if state.rewinds > state.settings.max_rewinds:
+        state.phase = Phase.FINISHED
+        text = f"replicas disagreed on the weights {state.rewinds} times in a row, last at step {state.step}"
+        advice = "a machine computes wrongly: `zoray verify` on another one says what the weights are; then resume"
+        actions.append(Finish("numerics", state.step, text, advice))
+    elif first < state.step:
+        _rewind(state, first, actions)
+
+
+def _disregard(state: State, name: str) -> None:
+    """Throw away what a replica gave in this step."""
+    for item in [item for item, result in state.results.items() if result.replica == name]:
+        del state.results[item]
+        state.missing += counts(state, item)
+        if item not in state.flights:
+            state.again = (*state.again, item)
+
+
+def _rewind(state: State, step: int, actions: list[Action]) -> None:
+    """Go back to the weights at `step`: the commits from there on were made with a replica that had diverged."""
+    state.phase = Phase.REWINDING
+    state.count("rewinds")
+    for name in tuple(state.members):
+        release(state, name, "rewound", f"the run goes back to step {step}", actions)
+    text = f"steps {step} to {state.step - 1} are computed again: a replica that had diverged took part in them"
+    actions += [Warn(text), Rewind(step, text)]
 
 
 def give_up(state: State, actions: list[Action]) -> None:

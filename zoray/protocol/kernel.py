@@ -28,11 +28,12 @@ from zoray.protocol.messages import (
     RemoveReplica,
     ReplicaLost,
     ReplicaReady,
+    Rewound,
     StopRequested,
     Tick,
     Warn,
 )
-from zoray.protocol.state import Contribution, Member, Phase, State, counts, open_step
+from zoray.protocol.state import Contribution, Member, Phase, State, counts, newcomers, open_step
 
 
 def transition(state: State, event: Event, now: float) -> tuple[State, tuple[Action, ...]]:
@@ -73,6 +74,8 @@ def transition(state: State, event: Event, now: float) -> tuple[State, tuple[Act
             _stop(state, now, actions)
         case RemoveReplica():
             _remove(state, event.replica, actions)
+        case Rewound():
+            _rewound(state, event, now, actions)
     _settle(state, now, actions)
     return state, tuple(actions)
 
@@ -112,7 +115,7 @@ def _answer(state: State, event: Answer, now: float, actions: list[Action]) -> N
 
 def accept(state: State, name: str, item: Item, payload: Payload | None) -> None:
     """Count a result if it is the first for an item of the step in hand; anything else is harmless."""
-    if item.step != state.step or state.phase is Phase.COMMITTING:
+    if item.step != state.step or state.phase not in (Phase.PROBING, Phase.CLOSING):
         state.count("stale")
     elif item.kind is Kind.DIGEST and isinstance(payload, DigestValue):
         if state.comparing:
@@ -130,6 +133,9 @@ def accept(state: State, name: str, item: Item, payload: Payload | None) -> None
 def _ready(state: State, event: ReplicaReady, actions: list[Action]) -> None:
     drop(state, event.replica)
     state.digests.pop(event.replica, None)
+    if state.phase is Phase.REWINDING:
+        actions.append(Release(event.replica, "it joined with commits that are being cut away", "rewound"))
+        return
     if not 0 <= event.step <= _durable(state):
         state.count("violations")
         reason = f"it holds step {event.step}, the run is at step {state.step}"
@@ -137,6 +143,7 @@ def _ready(state: State, event: ReplicaReady, actions: list[Action]) -> None:
         return
     state.members[event.replica] = Member(held=event.step)
     state.idle[event.replica] = None
+    state.comparing = state.comparing or (state.phase is Phase.PROBING and newcomers(state))
 
 
 def _durable(state: State) -> int:
@@ -206,7 +213,7 @@ def _tick(state: State, now: float, actions: list[Action]) -> None:
         unassign(state, member.item, name)
         state.members[name] = replace(member, misses=member.misses + 1)
         free(state, name, actions)
-    if state.phase is Phase.COMMITTING:
+    if state.phase not in (Phase.PROBING, Phase.CLOSING):
         return
     assign(state, now, actions)
     # Flights are in the order in which they were last given; replicas are idle here only if nothing else is left.
@@ -224,8 +231,17 @@ def _stop(state: State, now: float, actions: list[Action]) -> None:
         actions.append(Finish("stopped", state.step, f"stopped at step {state.step}, without comparing digests"))
         return
     state.stopping = True
-    if state.phase is not Phase.COMMITTING:
+    if state.phase in (Phase.PROBING, Phase.CLOSING):
         open_step(state, now)
+
+
+def _rewound(state: State, event: Rewound, now: float, actions: list[Action]) -> None:
+    if state.phase is not Phase.REWINDING:
+        actions.append(Warn(f"the ledger is said to be cut back to step {event.step} though nobody asked for it"))
+        return
+    state.step, state.previous, state.skipped = event.step, event.previous, event.skipped
+    state.replay = 0.0
+    open_step(state, now)
 
 
 def _remove(state: State, name: str, actions: list[Action]) -> None:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from zoray.commits import Commit
 
 
+Cause = Literal["drained", "diverged", "rewound", "violation", "silent", "failing"]
+"""Why a replica is put out of the run."""
+
+
 class Kind(IntEnum):
     """What a replica is asked to do; the value is the one on the wire."""
 
@@ -148,6 +152,15 @@ class AppendFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewound:
+    """The ledger was cut: it ends before `step`, with the hash `previous`, and `skipped` null commits at its end."""
+
+    step: int
+    previous: bytes
+    skipped: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. Lateness is looked at here only, so the carrier sends it several times per late deadline."""
 
@@ -166,7 +179,7 @@ class RemoveReplica:
 
 Event = (
     Answer | Tick | CommitDurable | ReplicaReady | ReplicaLost | Refused | Failed | AppendFailed
-    | StopRequested | RemoveReplica
+    | StopRequested | RemoveReplica | Rewound
 )  # fmt: skip
 
 
@@ -184,6 +197,17 @@ class AppendCommit:
     """Append to the ledger, fsync, then send `CommitDurable` (or `AppendFailed`) to the kernel."""
 
     commit: Commit
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """Cut the ledger: `step` is the first one to be computed again. Then send `Rewound` (or `AppendFailed`).
+
+    Every replica has been released before: none may be let in again with weights of a step that is cut away.
+    """
+
+    step: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +232,7 @@ class Counters:
     refused: int = 0
     failed: int = 0
     diverged: int = 0
+    rewinds: int = 0
     violations: int = 0
 
 
@@ -242,7 +267,7 @@ class Release:
 
     replica: str
     reason: str
-    cause: Literal["drained", "diverged", "violation", "silent", "failing"]
+    cause: Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,4 +288,4 @@ class Finish:
     digest: int | None = None
 
 
-Action = Assign | AppendCommit | Report | Release | Warn | Finish
+Action = Assign | AppendCommit | Rewind | Report | Release | Warn | Finish

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from statistics import median
 from typing import TYPE_CHECKING
 
 from zoray.errors import ConfigError
@@ -21,8 +22,13 @@ class Settings:
     Args:
         learning_rate: pure function of the step (see `zoray.schedule`).
         eval_shards: pieces one evaluation is divided into; 0: no evaluation at all.
-        digest_every: compare digests every so many steps; None: at the end only. Results that a divergent replica gave
-            in the step it is found in are thrown away.
+        digest_every: compare digests every so many steps; None: as often as takes `digest_share` of the time.
+            Where a replica is found to have diverged, the steps it took part in since it last agreed with others are
+            computed again. At the end digests are always compared.
+        prove_newcomers: compare the digest of a replica that joins with that of others in the step it joins in.
+        max_rewinds: after so many disagreements in a row, without an agreement between them, the run ends.
+        snapshot_after: where `save_steps` is None, a snapshot is due when replaying the commits since the last one
+            would take so many seconds, or twice as long as saving one does; None: never.
         late_factor, late_minimum: an item is late after max(factor * recent median of its kind, minimum).
         first_deadline: the same while no item of that kind has been answered yet (first calls compile and warm up).
         overdue_factor: a replica is sent work again after this many deadlines without an answer, doubling each time.
@@ -44,8 +50,12 @@ class Settings:
     eval_on_start: bool = True
     save_steps: int | None = None
     digest_every: int | None = None
+    digest_share: float = 0.01
+    prove_newcomers: bool = True
+    max_rewinds: int = 3
+    snapshot_after: float | None = None
     max_skipped_steps: int = 5
-    late_factor: float = 4.0
+    late_factor: float = 2.0
     late_minimum: float = 1.0
     first_deadline: float = 60.0
     overdue_factor: float = 2.0
@@ -56,6 +66,7 @@ class Settings:
         limits: dict[str, tuple[int, int]] = {
             "directions": (1, 2**32), "microbatches": (1, 2**16), "max_steps": (0, 2**63), "eval_shards": (0, 2**32),
             "max_skipped_steps": (1, 2**63), "max_misses": (1, 32), "max_failures": (1, 2**31),
+            "max_rewinds": (1, 2**31),
         }  # fmt: skip
         for key in ("eval_steps", "save_steps", "digest_every"):
             if getattr(self, key) is not None:
@@ -72,33 +83,35 @@ class Settings:
             return True
         return self.eval_on_start if step == 0 else self.eval_steps is not None and step % self.eval_steps == 0
 
-    def saves(self, step: int) -> bool:
-        """Whether a snapshot of the weights at `step` is due."""
-        return self.save_steps is not None and step > 0 and step % self.save_steps == 0
-
-    def compares(self, step: int) -> bool:
-        """Whether the replicas' digests are compared at `step` while the run goes on."""
-        return self.digest_every is not None and step > 0 and step % self.digest_every == 0
-
 
 class Phase(Enum):
-    """Where the step is: collecting results, waiting for the disk, taking final digests, over."""
+    """Where the step is: collecting results, waiting for the disk (twice), taking final digests, over."""
 
     PROBING = "probing"
     COMMITTING = "committing"
+    REWINDING = "rewinding"
     CLOSING = "closing"
     FINISHED = "finished"
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A live replica: the step it is known to hold, what it runs since when, unanswered assignments in a row."""
+    """A live replica.
+
+    Attributes:
+        held: the step it is known to hold.
+        item, since: what it runs, and since when.
+        misses: unanswered assignments in a row.
+        draining: whether it was asked to leave.
+        proven: whether its digest has agreed with another's since it joined.
+    """
 
     held: int
     item: Item | None = None
     since: float = 0.0
     misses: int = 0
     draining: bool = False
+    proven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +135,12 @@ class State:
     """Everything the coordinator knows. `transition` never changes the one it is given.
 
     Of the step in hand: `work` (all its items), `queue` (the same in order; those before `cursor` were given once),
-    `again` (to be given again), `missing` (results still awaited before the step is decided).
+    `again` (to be given again), `missing` (results still awaited before the step is decided); `comparing`: digests are
+    taken in it, of all replicas if `thorough`, else of newcomers and of some others to compare with.
+
+    Over the steps: `unproven` (the first step a replica has taken part in since its digest last agreed with another's),
+    `compared` (when all digests were last asked for), `replay` (seconds that applying the commits since the last
+    snapshot took), `rewinds` (disagreements since the last agreement).
     """
 
     settings: Settings
@@ -140,6 +158,11 @@ class State:
     again: tuple[Item, ...] = ()
     missing: int = 0
     comparing: bool = False
+    thorough: bool = False
+    compared: float = 0.0
+    replay: float = 0.0
+    rewinds: int = 0
+    unproven: dict[str, int] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     results: dict[Item, Contribution] = field(default_factory=dict)
     digests: dict[str, int] = field(default_factory=dict)
@@ -154,7 +177,7 @@ class State:
         return replace(
             self, results=self.results.copy(), digests=self.digests.copy(), failures=self.failures.copy(),
             members=self.members.copy(), idle=self.idle.copy(), flights=self.flights.copy(),
-            durations=self.durations.copy(),
+            durations=self.durations.copy(), unproven=self.unproven.copy(),
         )  # fmt: skip
 
     def count(self, name: str) -> None:
@@ -173,17 +196,49 @@ def open_step(state: State, now: float) -> None:
     if not state.stopping:
         if settings.evaluates(step):
             items += [Item(Kind.EVAL, step, shard) for shard in range(settings.eval_shards)]
-        if settings.saves(step):
+        if _saves(state):
+            state.replay = 0.0
             items.append(Item(Kind.SNAPSHOT, step))
     if not closing:
         addresses = ((k, m) for k in range(settings.directions) for m in range(settings.microbatches))
         items += [Item(Kind.PROBE, step, direction, microbatch) for direction, microbatch in addresses]
     state.phase = Phase.CLOSING if closing else Phase.PROBING
-    state.comparing = closing or settings.compares(step)
+    state.thorough = closing or _compares(state, now)
+    state.comparing = state.thorough or newcomers(state)
+    state.compared = now if state.thorough else state.compared
     state.opened, state.pending = now, None
     state.queue, state.work, state.cursor, state.again = tuple(items), frozenset(items), 0, ()
     state.missing = sum(counts(state, item) for item in items)
     state.results, state.digests, state.failures, state.flights = {}, {}, {}, {}
+
+
+def _saves(state: State) -> bool:
+    """Whether a snapshot of the weights at the step is due."""
+    settings, step = state.settings, state.step
+    if settings.save_steps is not None:
+        return step > 0 and step % settings.save_steps == 0
+    if settings.snapshot_after is None:
+        return False
+    saving = median(state.durations.get(Kind.SNAPSHOT, (0.0,)))
+    return state.replay >= max(settings.snapshot_after, 2 * saving)
+
+
+def _compares(state: State, now: float) -> bool:
+    """Whether the digests of all replicas are compared at the step while the run goes on."""
+    settings, step = state.settings, state.step
+    if settings.digest_every is not None:
+        return step > 0 and step % settings.digest_every == 0
+    seconds = state.durations.get(Kind.DIGEST, ())
+    if len(state.members) < 2 or not seconds:
+        return False
+    return (now - state.compared) * settings.digest_share > median(seconds)
+
+
+def newcomers(state: State) -> bool:
+    """Whether there is a replica whose weights no other one has confirmed yet, though there are others."""
+    if not state.settings.prove_newcomers or len(state.members) < 2:
+        return False
+    return not all(member.proven for member in state.members.values())
 
 
 def counts(state: State, item: Item) -> bool:
