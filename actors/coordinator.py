@@ -1,30 +1,37 @@
-"""The coordinator: the one sequencer of a run. It holds no weights; every decision is the kernel's.
+"""The coordinator: the one sequencer of a run. It holds no weights; every decision is the kernels'.
 
-`prepare` gathers replicas and opens the ledger, `run` is the training loop: wait for an event, let the kernel decide,
-carry its actions out.
+`prepare` gathers the first replicas and opens the ledger, `run` is the training loop: wait for what happens, let the
+kernels decide, carry their actions out. Two kernels decide: `zoray.protocol` what is computed and by whom,
+`zoray.protocol.membership` which replicas there are.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import deque
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError
 
 from actors.exporter import Exporter
-from actors.fleet import Fleet, Reference, first_line, receive
+from actors.inbox import Inbox, first_line
 from actors.journal import Journal, Progress
+from actors.lock import RunLock
 from actors.replica import Introduction
+from actors.roster import Roster
+from actors.settings import settings
+from actors.status import RunStatus, describe
 from zoray.config import RunConfig
-from zoray.errors import LedgerError
-from zoray.identity import check_header, header_digest
+from zoray.errors import LedgerError, RunError
+from zoray.identity import check_header, check_newcomer
 from zoray.ledger import Ledger
 from zoray.protocol import (
     AppendCommit,
@@ -35,9 +42,10 @@ from zoray.protocol import (
     Finish,
     Release,
     ReplicaLost,
-    ReplicaReady,
     Report,
-    Settings,
+    Rewind,
+    Rewound,
+    State,
     StopRequested,
     Tick,
     Warn,
@@ -46,10 +54,12 @@ from zoray.protocol import (
     initial_state,
     transition,
 )
+from zoray.protocol.membership import SlotPhase
 from zoray.runs import RunFolder
-from zoray.schedule import learning_rate
+from zoray.snapshot import sweep
 
 _TICK = 0.1
+_OVERTAKEN = "another coordinator has taken this run over", "follow that one: `zoray list` shows the runs in progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,52 +70,191 @@ class Prepared:
     replicas: int
     next_step: int
     metrics_url: str
-    ledger_bytes: int
 
 
 class Coordinator:
-    """One run's sequencer. A plain class; the launcher makes it remote.
+    """One run's sequencer. A plain class; the launcher makes it remote, under the name `actor_name`.
 
     Args:
         config: of the run, as resolved.
         path: the run's folder.
+        embedded: Ray runs on this machine for this run alone.
     """
 
-    def __init__(self, config: RunConfig, path: str) -> None:
-        self.config, self.folder = config, RunFolder(Path(path))
-        self.fleet = Fleet(config, str(self.folder.snapshots))
-        self.pending: dict[Reference, str] = {}
-        self.events: deque[Event] = deque()
-        self.finish: Finish | None = None
+    def __init__(self, config: RunConfig, path: str, embedded: bool = False) -> None:
+        self.config, self.folder, self.embedded = config, RunFolder(Path(path)), embedded
+        self.lock = RunLock(self.folder.path)
+        self.inbox = Inbox()
         self.exporter = Exporter(self.folder.name, config.model, config.max_steps)
         self.journal = Journal(self.folder, self.exporter, config.max_steps)
+        self.events: deque[Event] = deque()
+        self.roster = Roster(
+            config, self.folder, self.inbox, self.journal, embedded, welcome=self._welcome, tell=self.events.append
+        )
+        self._ledger: Ledger | None = None
+        self.state: State | None = None
+        self.finish: Finish | None = None
+        self._ticked = 0.0
 
-    def prepare(self, resume: bool) -> Prepared:
-        """Start the replicas, check that they agree, and create or open the ledger.
+    @property
+    def ledger(self) -> Ledger:
+        """The run's ledger, open from the first replica's introduction on."""
+        assert self._ledger is not None
+        return self._ledger
+
+    def prepare(self, resume: bool, break_lock: bool = False) -> Prepared:
+        """Gather the first replicas, check that they agree, and create or open the ledger.
 
         Raises:
-            ZorayError: whatever is wrong with the model, the data, the configuration, the ledger or the machines.
+            ZorayError: whatever is wrong with the model, the data, the configuration, the ledger or the machines, or
+                another coordinator has this run.
         """
+        self.lock.acquire(break_lock)
         try:
             return self._prepare(resume)
         except BaseException:
-            self.fleet.close()
-            self.exporter.close()
+            self._shut()
             raise
 
+    def run(self) -> Finish:
+        """The training loop, until the kernel says that the run is over."""
+        try:
+            while self.finish is None:
+                self._wait()
+                self._decide()
+            self._conclude(self.finish)
+            return self.finish
+        finally:
+            self._shut()
+
+    def stop(self) -> None:
+        """End the run at the next step boundary; asked twice, at once."""
+        self.inbox.put(partial(self.events.append, StopRequested()))
+
+    def scale(self, target: int) -> RunStatus:
+        """Change the number of replicas while the run goes on.
+
+        Raises:
+            ConfigError: the number is below the run's minimum or above its maximum.
+        """
+        self.roster.scale(target)
+        return self.status()
+
+    def progress(self) -> Progress:
+        """Where the run is."""
+        return self.journal.progress
+
+    def status(self) -> RunStatus:
+        """Where the run is, and its replicas."""
+        return describe(
+            self.folder.name,
+            self.finish,
+            self.roster.members,
+            self.state,
+            self.roster.admission.introductions,
+            self.journal.progress,
+            time.monotonic(),
+        )
+
+    def _wait(self) -> None:
+        """Take in what has happened; wait for something to happen, but not longer than a tick."""
+        self.inbox.turn(_TICK)
+        if self.lock.lost:
+            self.finish = Finish("storage", self.state.step if self.state else 0, *_OVERTAKEN)
+        elif self.roster.hopeless is not None:
+            advice = f"look into {self.folder.log}, then continue with `zoray resume {self.folder.name}`"
+            self.finish = Finish("failed", self.state.step if self.state else 0, self.roster.hopeless, advice)
+        now = time.monotonic()
+        if now - self._ticked >= _TICK:
+            self._ticked = now
+            self.events.append(Tick())
+
+    def _decide(self) -> None:
+        """Let the kernel decide about every event there is, and carry out what it says."""
+        while self.events and self.finish is None:
+            assert self.state is not None
+            self.state, actions = transition(self.state, self.events.popleft(), time.monotonic())
+            for action in actions:
+                self._carry_out(action)
+        assert self.state is not None
+        self.exporter.beat(self.roster.members, self.state.counters)
+
+    def _carry_out(self, action: Any) -> None:
+        match action:
+            case Assign(name, item, start):
+                request = encode_request(item, self.ledger.records(start, item.step) if start < item.step else b"")
+                self.journal.exchanged(sent=len(request))
+                self.inbox.watch(self.roster.fleet.call(name, "work", request), partial(self._answered, name))
+            case AppendCommit(commit):
+                try:
+                    self.ledger.append(commit)
+                    self.events.append(CommitDurable(commit.step))
+                except LedgerError as error:
+                    self.events.append(AppendFailed(commit.step, error.what))
+            case Rewind(step):
+                self._rewind(step)
+            case Report(record):
+                self.journal.report(record)
+            case Release(name, reason, cause):
+                self.journal.say(f"replica {name} leaves: {reason}")
+                self.roster.gone(name, reason, fault=cause not in ("drained", "rewound"))
+            case Warn(text):
+                self.journal.warn(text)
+            case Finish():
+                self.finish = action
+
+    def _rewind(self, step: int) -> None:
+        """Cut the ledger, and forget whatever was made of the commits that are cut away."""
+        self.roster.restart_newcomers("it has replayed commits that are cut away")
+        try:
+            self.ledger.cut(step)
+        except LedgerError as error:
+            self.events.append(AppendFailed(step, error.what))
+            return
+        sweep(self.folder.snapshots, after=step)
+        self.journal.rewound(step)
+        self.events.append(Rewound(step, self.ledger.head, self._skipped()))
+
+    def _welcome(self, name: str, introduction: Introduction) -> None:
+        """The handshake. The first replica's word is compared with the ledger, every other one's with the first's."""
+        check_newcomer(introduction.identity, self.config, f"replica {name}")
+        if self._ledger is None:
+            self._first = introduction
+            self._ledger = self.roster.admission.ledger = self._open_ledger(introduction)
+        self._first.identity.check(introduction.identity, f"replica {name}")
+
+    def _answered(self, name: str, data: bytes, error: BaseException | None) -> None:
+        if name not in self.roster.fleet:
+            return
+        if error is None:
+            self.journal.exchanged(received=len(data))
+            try:
+                self.events.append(decode_answer(name, data))
+                return
+            except RunError as nonsense:
+                error = nonsense
+        if isinstance(error, ActorUnavailableError):
+            # The request or its answer is lost; the kernel asks again when it is overdue, and may ask another.
+            self.journal.say(f"replica {name} cannot be reached for the moment")
+            return
+        reason = first_line(error)
+        self.events.append(ReplicaLost(name, reason))
+        # A machine that dies takes all its replicas along: that says nothing about them.
+        self.roster.gone(name, reason, fault="its node has died" not in str(error))
+
     def _prepare(self, resume: bool) -> Prepared:
+        self._resume = resume
         url = f"http://{socket.gethostname()}:{self.exporter.serve(self.config.metrics_port)}/metrics"
-        introductions = self.fleet.start(self.config.replicas)
-        first = next(iter(introductions.values()))
-        for name, introduction in introductions.items():
-            first.identity.check(introduction.identity, f"replica {name}")
-        self._open_ledger(first, resume)
-        heard = self._join(list(introductions))
+        sweep(self.folder.snapshots)
+        self._note_state("starting", metrics_url=url)
+        self.roster.gather()
+        first = self._first
         examples = self.config.per_direction_batch_size * self.config.directions * self.config.microbatches
-        self.journal.begin(self.ledger.next_step, len(introductions), url, examples * first.tokens_per_example)
-        for text in (*self.ledger.warnings, *first.warnings, *first.identity.verdict.reasons, *heard):
+        self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example)
+        for text in (*self.ledger.warnings, *first.identity.verdict.reasons):
             self.journal.warn(text)
         self.journal.say(f"{'resumed' if resume else 'started'} at step {self.ledger.next_step}")
+        self._note_state("running", metrics_url=url)
         self.state = initial_state(
             settings(self.config, first.eval_shards),
             self.ledger.next_step,
@@ -113,134 +262,47 @@ class Coordinator:
             skipped=self._skipped(),
             now=time.monotonic(),
         )
-        return Prepared(first, len(introductions), self.ledger.next_step, url, self.ledger_bytes())
+        return Prepared(first, self.roster.count(SlotPhase.ACTIVE), self.ledger.next_step, url)
 
-    def run(self) -> Finish:
-        """The training loop, until the kernel says that the run is over."""
-        while self.finish is None:
-            self.events.extend(self._arrived())
-            self._decide()
-        self._close(self.finish)
-        return self.finish
-
-    def stop(self) -> None:
-        """End the run at the next step boundary; asked twice, at once."""
-        self.events.append(StopRequested())
-
-    def progress(self) -> Progress:
-        """Where the run is."""
-        return self.journal.progress
-
-    def ledger_bytes(self) -> int:
-        """Size of the ledger on disk."""
-        return sum(path.stat().st_size for path in self.folder.ledger.iterdir())
-
-    def _arrived(self) -> list[Event]:
-        """What has happened since the last call, waiting for something to happen, but not longer than a tick."""
-        ready, _ = ray.wait(list(self.pending), num_returns=1, timeout=_TICK) if self.pending else ([], [])
-        events: list[Event] = []
-        for reference in ready:
-            name = self.pending.pop(reference)
-            try:
-                data = ray.get(reference)
-            except (RayActorError, RayTaskError) as error:
-                events.append(ReplicaLost(name, first_line(error)))
-                continue
-            self.journal.exchanged(received=len(data))
-            events.append(decode_answer(name, data))
-        return events or [Tick()]
-
-    def _decide(self) -> None:
-        """Let the kernel decide about every event there is, and carry out what it says."""
-        while self.events and self.finish is None:
-            self.state, actions = transition(self.state, self.events.popleft(), time.monotonic())
-            for action in actions:
-                self._carry_out(action)
-        self.exporter.beat(len(self.state.members))
-        if self.finish is None and not self.state.members:
-            self.finish = self._deserted()
-
-    def _carry_out(self, action: Any) -> None:
-        match action:
-            case Assign(name, item, start):
-                request = encode_request(item, b"".join(self.records[start : item.step]))
-                self.journal.exchanged(sent=len(request))
-                self.pending[self.fleet.send(name, request)] = name
-            case AppendCommit(commit):
-                try:
-                    self.ledger.append(commit)
-                    self.records.append(commit.encode())
-                    self.events.append(CommitDurable(commit.step))
-                except LedgerError as error:
-                    self.events.append(AppendFailed(commit.step, error.what))
-            case Report(record):
-                self.journal.report(record)
-            case Release(name, reason):
-                self.journal.say(f"replica {name} leaves: {reason}")
-                self.fleet.remove(name)
-            case Warn(text):
-                self.journal.warn(text)
-            case Finish():
-                self.finish = action
-
-    def _deserted(self) -> Finish:
-        advice = f"look into {self.folder.log}, then continue with `zoray resume {self.folder.name}`"
-        return Finish("failed", self.state.step, "no replica is left", advice)
-
-    def _open_ledger(self, first: Introduction, resume: bool) -> None:
-        if resume:
-            self.ledger = Ledger.open(self.folder.ledger, repair=True)
-            check_header(self.ledger.header, first.identity, self.config, str(self.folder.config_path))
-        else:
-            self.ledger = Ledger.create(self.folder.ledger, dict(first.header))
-        self.records = [commit.encode() for commit in self.ledger.commits()]
-
-    def _join(self, names: list[str]) -> list[str]:
-        """Let replicas into the run; returns what they warn of, each thing once."""
-        run = header_digest(self.ledger.header)
-        waiting = {name: self.fleet.join(name, self.ledger.genesis, run, self.ledger.next_step) for name in names}
-        warnings: list[str] = []
-        for name, reference in waiting.items():
-            step, heard = receive(reference, name)
-            self.events.append(ReplicaReady(name, step))
-            warnings += heard
-        return list(dict.fromkeys(warnings))
+    def _open_ledger(self, first: Introduction) -> Ledger:
+        if not self._resume:
+            return Ledger.create(self.folder.ledger, dict(first.header))
+        ledger = Ledger.open(self.folder.ledger, repair=True)
+        try:
+            check_header(ledger.header, first.identity, self.config, str(self.folder.config_path))
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
 
     def _skipped(self) -> int:
         """Null commits in a row at the end of the ledger."""
         last = list(self.ledger.commits(max(0, self.ledger.next_step - self.config.max_skipped_steps)))
         return sum(1 for _ in takewhile(lambda commit: not commit.applied, reversed(last)))
 
-    def _close(self, finish: Finish) -> None:
+    def _conclude(self, finish: Finish) -> None:
         if finish.digest is not None and finish.reason == "stopped":
             self.journal.digest(finish.step, finish.digest)
         self.journal.say(f"{finish.reason}: {finish.text}")
-        self.journal.finished()
-        self.fleet.close()
-        self.ledger.close()
+        self.journal.finished(sum(path.stat().st_size for path in self.folder.ledger.iterdir()))
+        self._note_state(finish.reason, step=finish.step, text=finish.text)
+
+    def _note_state(self, state: str, **more: object) -> None:
+        """Write down for other processes who runs this run and where, or how it ended."""
+        context = ray.get_runtime_context()
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "ray": context.gcs_address}
+        at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.folder.write_state({"state": state, "at": at, **who, **more})
+
+    def _shut(self) -> None:
+        """Let everything go; the run can be resumed from here on."""
+        self.roster.close()
+        if self._ledger is not None:
+            self._ledger.close()
         self.exporter.close()
+        self.lock.release()
 
 
-def settings(config: RunConfig, eval_shards: int) -> Settings:
-    """What the kernel needs of a configuration."""
-    rate = partial(
-        learning_rate,
-        learning_rate=config.learning_rate,
-        max_steps=config.max_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        warmup_ratio=config.warmup_ratio,
-    )
-    return Settings(
-        max_steps=config.max_steps,
-        directions=config.directions,
-        learning_rate=rate,
-        microbatches=config.microbatches,
-        weight_decay=config.weight_decay,
-        max_projected_gradient=config.max_projected_gradient,
-        eval_steps=config.eval_steps,
-        eval_shards=eval_shards,
-        eval_on_start=config.eval_on_start,
-        save_steps=config.save_steps,
-        max_skipped_steps=config.max_skipped_steps,
-    )
+def actor_name(run: str) -> str:
+    """Name of a run's coordinator among Ray's actors."""
+    return f"run:{run}"

@@ -11,17 +11,20 @@ import errno
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Gauge, Histogram, make_wsgi_app
+from prometheus_client import Counter as Total
 
 from zoray import __version__
 from zoray.errors import ResourceError
 from zoray.protocol import Counters, Evaluation, StepRecord
+from zoray.protocol.membership import Membership, SlotPhase
 
 if TYPE_CHECKING:
     from actors.journal import Split
@@ -58,25 +61,27 @@ class Exporter:
         self._gradient = self._make(
             Gauge, "projected_gradient_rms", "Root mean square of the last step's projected gradients."
         ).labels(run)
-        self._replicas = self._make(Gauge, "replicas", "Live replicas.").labels(run)
+        self._replicas = self._make(Gauge, "replicas", "Replicas by state.", "state")
+        self._target = self._make(Gauge, "target_replicas", "Replicas there should be.").labels(run)
+        self._members: Membership | None = None
         self._seconds = self._make(Histogram, "step_duration_seconds", "Duration of a step.").labels(run)
         self._phases = self._make(
-            Counter, "step_phase_seconds_total", "Seconds of steps by what they went to, per replica.", "phase"
+            Total, "step_phase_seconds_total", "Seconds of steps by what they went to, per replica.", "phase"
         )
         self._append = self._make(
             Histogram, "ledger_append_seconds", "Time from deciding a commit to its being on disk."
         ).labels(run)
-        self._tokens = self._make(Counter, "tokens_total", "Training tokens.").labels(run)
-        self._probes = self._make(Counter, "directions_total", "Directions probed.").labels(run)
+        self._tokens = self._make(Total, "tokens_total", "Training tokens.").labels(run)
+        self._probes = self._make(Total, "directions_total", "Directions probed.").labels(run)
         self._bytes = self._make(
-            Counter, "exchanged_bytes_total", "Bytes of requests (sent) and answers (received).", "flow"
+            Total, "exchanged_bytes_total", "Bytes of requests (sent) and answers (received).", "flow"
         )
         self._nonfinite = self._make(
-            Counter, "nonfinite_directions_total", "Directions left out because a scalar was not finite."
+            Total, "nonfinite_directions_total", "Directions left out because a scalar was not finite."
         ).labels(run)
-        self._clipped = self._make(Counter, "clipped_directions_total", "Directions clipped.").labels(run)
-        self._skipped = self._make(Counter, "skipped_steps_total", "Steps without a finite probe.").labels(run)
-        self._kinds = self._make(Counter, "faults_total", "Faults met, by kind.", "kind")
+        self._clipped = self._make(Total, "clipped_directions_total", "Directions clipped.").labels(run)
+        self._skipped = self._make(Total, "skipped_steps_total", "Steps without a finite probe.").labels(run)
+        self._kinds = self._make(Total, "faults_total", "Faults met, by kind.", "kind")
         for kind in Counters.__slots__:
             self._kinds.labels(run, kind)
 
@@ -84,10 +89,18 @@ class Exporter:
         options = {"buckets": _SECONDS} if kind is Histogram else {}
         return kind(f"zoray_{name}", text, ("run", *labels), registry=self.registry, **options)
 
-    def beat(self, replicas: int) -> None:
+    def beat(self, members: Membership, counters: Counters) -> None:
         """The coordinator's loop has turned."""
         self._alive = time.monotonic()
-        self._replicas.set(replicas)
+        if counters is not self._faults:
+            self.faults(counters)
+        if members is self._members:
+            return
+        self._members = members
+        self._target.set(members.target)
+        phases = Counter(slot.phase for slot in members.slots.values())
+        for phase in SlotPhase:
+            self._replicas.labels(self._run, phase.value).set(phases[phase])
 
     def begin(self, step: int) -> None:
         """The run begins at a step."""
@@ -121,7 +134,6 @@ class Exporter:
         self._nonfinite.inc(aggregate.nonfinite)
         self._clipped.inc(aggregate.clipped)
         self._skipped.inc(0 if aggregate.commit.applied else 1)
-        self.faults(record.counters)
 
     def faults(self, counters: Counters) -> None:
         """The kernel's fault counters so far."""

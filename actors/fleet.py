@@ -1,109 +1,129 @@
-"""The fleet: creates replicas as Ray actors, gives them requests, ends them."""
+"""The fleet: the machines of the cluster, and the processes of the replicas on them."""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.replica import Introduction, ReplicaActor
+from actors.inbox import Reference
+from actors.replica import ReplicaActor
 from zoray.config import RunConfig
-from zoray.errors import ResourceError, RunError, ZorayError
+from zoray.errors import ResourceError
+from zoray.protocol.machines import NodeView
 
-Reference = Any
-"""A `ray.ObjectRef`; Ray's own type is not generic in every version we support."""
+_LOOK_EVERY = 1.0
+_log = logging.getLogger(__name__)
 
 
 class Fleet:
-    """The replicas of one run, by name.
+    """The replicas of one run, by name; which of them there are is decided elsewhere (`zoray.protocol.membership`).
 
     Args:
         config: of the run.
         snapshots: folder in which replicas save and look for snapshots.
+        embedded: Ray runs on this machine for this run alone: more replicas than cores are slower, not refused.
     """
 
-    def __init__(self, config: RunConfig, snapshots: str) -> None:
-        self._config, self._snapshots = config, snapshots
+    def __init__(self, config: RunConfig, snapshots: Path, embedded: bool = False) -> None:
+        self._config, self._snapshots, self._embedded = config, str(snapshots), embedded
+        self._needs = {"CPU": float(config.threads_per_replica), "GPU": config.gpus_per_replica}
         self._actors: dict[str, Any] = {}
-        self._started = 0
+        self._closed = threading.Event()
 
-    def start(self, count: int) -> dict[str, Introduction]:
-        """Create replicas and wait until they have loaded the model; each introduces itself.
+    def __contains__(self, name: str) -> bool:
+        return name in self._actors
 
-        Raises:
-            ResourceError: the cluster has not enough processors or accelerators, or a replica died while loading.
-            ZorayError: what a replica found wrong with the model, the data or the configuration.
-        """
-        self._check_resources(count)
-        remote = ray.remote(ReplicaActor)
+    def start(self, name: str, node: str) -> None:
+        """Start the process of a replica on a machine."""
+        self._actors[name] = self._create(name, node)
+
+    def end(self, name: str) -> None:
+        """End a replica's process, whatever it is doing."""
+        actor = self._actors.pop(name, None)
+        if actor is not None:
+            self._kill(actor)
+
+    def call(self, name: str, method: str, *arguments: Any) -> Reference:
+        """Call a method of `ReplicaActor`; the reference gives its result."""
+        return getattr(self._actors[name], method).remote(*arguments)
+
+    def close(self) -> None:
+        """End every replica, and stop looking at the cluster."""
+        self._closed.set()
+        for name in list(self._actors):
+            self.end(name)
+
+    def machines(self) -> tuple[NodeView, ...]:
+        """The machines of the cluster as they are now: what room they have, and which of them are about to leave."""
+        # Nothing public gives these two in every version of Ray we support; they take milliseconds, for any size.
+        from ray._private.state import available_resources_per_node, state
+
+        free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+        drains = getattr(state, "get_draining_nodes", None)
+        draining = drains() if drains is not None else {}
+        views = []
+        for node in ray.nodes():  # type: ignore[no-untyped-call]
+            if node["Alive"]:
+                name = node["NodeID"]
+                views.append(NodeView(name, self._room(free.get(name, {})), draining=name in draining))
+        return tuple(views)
+
+    def watch(self, tell: Callable[[tuple[NodeView, ...]], None]) -> None:
+        """Look at the machines about once a second, in the background, until `close`."""
+
+        def look() -> None:
+            while not self._closed.wait(_LOOK_EVERY):
+                try:
+                    tell(self.machines())
+                except Exception as error:  # the head may be restarting; the next look will tell
+                    _log.warning("the cluster cannot be looked at: %s", error)
+
+        threading.Thread(target=look, daemon=True, name="machines").start()
+
+    def announce(self, count: int) -> None:
+        """Tell Ray's autoscaler for how many replicas there should be room; 0 takes it back."""
+        if self._embedded:
+            return
+        from ray.autoscaler.sdk import request_resources
+
+        bundle = {kind: amount for kind, amount in self._needs.items() if amount > 0}
+        request_resources(bundles=[bundle] * count)
+
+    def shortage(self) -> ResourceError:
+        """That no machine has room for a single replica, with the numbers."""
+        wanted = [(kind, amount) for kind, amount in self._needs.items() if amount > 0]
+        need = " and ".join(f"{amount:g} {kind}" for kind, amount in wanted)
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        alive = [node["Resources"] for node in nodes if node["Alive"]]
+        have = "; ".join(", ".join(f"{all_of.get(kind, 0):g} {kind}" for kind, _ in wanted) for all_of in alive)
+        return ResourceError(
+            f"A replica needs {need}, which no machine of the cluster has free; their totals are: {have}.",
+            where="threads_per_replica, gpus_per_replica",
+            advice="ask for less per replica, wait for other work to end, or add machines",
+        )
+
+    def _room(self, free: dict[str, float]) -> int:
+        if self._embedded:
+            return 1 << 16
+        return min(int(free.get(kind, 0.0) / amount + 1e-9) for kind, amount in self._needs.items() if amount > 0)
+
+    def _create(self, name: str, node: str) -> Any:
         options = {
-            "num_cpus": self._config.threads_per_replica,
+            "num_cpus": 0 if self._embedded else self._config.threads_per_replica,
             "num_gpus": self._config.gpus_per_replica,
             "max_restarts": 0,
             "max_task_retries": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
-        for _ in range(count):
-            name = f"r{self._started}"
-            self._started += 1
-            self._actors[name] = remote.options(**options).remote(name, self._config, self._snapshots)
-        waiting = {name: self._actors[name].introduce.remote() for name in self._actors}
-        return {name: receive(reference, name) for name, reference in waiting.items()}
+        # Ray makes a class remote at run time, behind the back of any type checker.
+        remote: Any = ray.remote(ReplicaActor)
+        return remote.options(**options).remote(name, self._config, self._snapshots)
 
-    def join(self, name: str, genesis: bytes, run: str, next_step: int) -> Reference:
-        """Tell a replica which run it takes part in; the reference gives the step it holds, and warnings."""
-        return self._actors[name].join.remote(genesis, run, next_step)
-
-    def send(self, name: str, request: bytes) -> Reference:
-        """Send a request; the reference gives the answer's bytes."""
-        return self._actors[name].work.remote(request)
-
-    def remove(self, name: str) -> None:
-        """End a replica's process."""
-        actor = self._actors.pop(name, None)
-        if actor is not None:
-            ray.kill(actor)
-
-    def close(self) -> None:
-        """End every replica."""
-        for name in list(self._actors):
-            self.remove(name)
-
-    def _check_resources(self, count: int) -> None:
-        have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        needs = {"CPU": self._config.threads_per_replica, "GPU": self._config.gpus_per_replica}
-        for kind, each in needs.items():
-            if each * count > have.get(kind, 0.0):
-                raise ResourceError(
-                    f"{count} replicas of {each:g} {kind} need {each * count:g} {kind}, "
-                    f"the cluster has {have.get(kind, 0):g}.",
-                    where=f"replicas, {'threads' if kind == 'CPU' else 'gpus'}_per_replica",
-                    advice="ask for fewer replicas, or add machines",
-                )
-
-
-def receive(reference: Reference, name: str) -> Any:
-    """What a replica answered.
-
-    Raises:
-        ZorayError: what the replica raised, as it was before Ray wrapped it.
-        ResourceError: its process died.
-    """
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, ZorayError):
-            raise error.cause from None
-        raise RunError(
-            f"Replica {name} failed: {error.cause!r}.", advice="the traceback is in the logs of Ray (ray logs)"
-        ) from error
-    except RayActorError as error:
-        raise ResourceError(
-            f"Replica {name} died: {first_line(error)}",
-            advice="it may have run out of memory: use fewer replicas per machine or a shorter dtype",
-        ) from error
-
-
-def first_line(error: RayError) -> str:
-    """The first line of an error of Ray, which the user can read."""
-    return str(error).strip().splitlines()[0]
+    def _kill(self, actor: Any) -> None:
+        ray.kill(actor)

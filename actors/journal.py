@@ -38,6 +38,8 @@ class Progress:
         replicas: live ones.
         sent, received: bytes between the coordinator and all replicas since it started.
         remaining: seconds left, None while unknown.
+        replica_steps: steps since it started, each counted once for every replica there was.
+        ledger_bytes: size of the ledger, when the run is over.
         warnings: all so far.
         metrics_url: where Prometheus finds the run.
         finished: whether the run is over.
@@ -54,6 +56,8 @@ class Progress:
     sent: int = 0
     received: int = 0
     remaining: float | None = None
+    replica_steps: int = 0
+    ledger_bytes: int = 0
     warnings: tuple[str, ...] = ()
     metrics_url: str = ""
     finished: bool = False
@@ -74,9 +78,9 @@ class Journal:
         self._recent: deque[Split] = deque(maxlen=_RECENT)
         self._log = _file_logger(folder)
 
-    def begin(self, step: int, replicas: int, metrics_url: str, tokens_per_step: float) -> None:
+    def begin(self, step: int, metrics_url: str, tokens_per_step: float) -> None:
         """The run is about to start, or to continue, at a step."""
-        self.progress = replace(self.progress, step=step, replicas=replicas, metrics_url=metrics_url)
+        self.progress = replace(self.progress, step=step, metrics_url=metrics_url)
         self._tokens = tokens_per_step
         self.exporter.begin(step)
         for row in self.folder.rows("evaluations"):
@@ -99,9 +103,16 @@ class Journal:
         )
         self.exporter.exchanged(sent, received)
 
-    def finished(self) -> None:
+    def finished(self, ledger_bytes: int) -> None:
         """The run is over."""
-        self.progress = replace(self.progress, finished=True)
+        self.progress = replace(self.progress, finished=True, ledger_bytes=ledger_bytes)
+
+    def rewound(self, step: int) -> None:
+        """The steps from this one on are computed again: nothing recorded of them is true."""
+        for table in ("steps", "evaluations", "digests"):
+            self.folder.forget(table, step - 1 if table == "steps" else step)
+        self.progress = replace(self.progress, step=step)
+        self.exporter.begin(step)
 
     def report(self, record: StepRecord) -> None:
         """A step is committed, or the last evaluation is in."""
@@ -142,6 +153,7 @@ class Journal:
             tokens_per_second=self._tokens / mean.total if mean.total else 0.0,
             split=mean,
             replicas=record.replicas,
+            replica_steps=self.progress.replica_steps + record.replicas,
             remaining=left * mean.total,
         )
 

@@ -44,7 +44,7 @@ class Introduction:
         bytes_per_weight: size of a weight.
         eval_shards, eval_examples, tokens_per_example: of the task.
         warnings: what the user should know about the model and the data.
-        node: address of its machine.
+        host, pid: of its process.
     """
 
     identity: Identity
@@ -56,7 +56,8 @@ class Introduction:
     eval_examples: int
     tokens_per_example: float
     warnings: tuple[str, ...]
-    node: str
+    host: str
+    pid: int
 
 
 class ReplicaActor:
@@ -106,7 +107,7 @@ class ReplicaActor:
                 where=f"replica {self.name}",
                 advice="use fewer replicas per machine, a shorter dtype or a smaller per_direction_batch_size",
             ) from error
-        identity = identify(self.replica, self.task.digest)
+        identity = identify(self.replica, self.task.digest, config)
         sizes = [p.numel() for p in model.parameters()]
         return Introduction(
             identity=identity,
@@ -118,20 +119,36 @@ class ReplicaActor:
             eval_examples=self.task.eval_size,
             tokens_per_example=self.task.tokens_per_example,
             warnings=(*self.task.warnings, *self._heard.take()),
-            node=os.uname().nodename,
+            host=os.uname().nodename,
+            pid=os.getpid(),
         )
 
-    def join(self, genesis: bytes, run: str, next_step: int) -> tuple[int, tuple[str, ...]]:
+    def join(self, genesis: bytes, run: str, known: dict[int, bytes]) -> tuple[int, tuple[str, ...]]:
         """Take part in a run; returns the step of the weights (of a snapshot if there is a usable one) and warnings.
 
         Args:
             genesis: hash of the ledger's header, 32 bytes.
             run: digest of the ledger's header, which binds snapshots to the run.
-            next_step: first step not in the ledger.
+            known: steps whose snapshots may be used, with the hash of the last commit in each.
         """
         self._run = run
-        self._head = load_newest(self.snapshots, self.replica, run, next_step) or genesis
+        self._head = load_newest(self.snapshots, self.replica, run, known) or genesis
         return self.replica.step, self._heard.take()
+
+    def catch_up(self, records: bytes) -> int:
+        """Apply the commits among `records` that the weights lack, each checked against the chain; returns their step.
+
+        Raises:
+            LedgerError: a record is damaged, or does not follow what was applied before.
+        """
+        self._advance(records)
+        return self.replica.step
+
+    def _advance(self, records: bytes) -> None:
+        commits = list(lacking(records, self.replica.step, self._head))
+        if commits:
+            self.replica.apply(commits)
+            self._head = commits[-1].hash
 
     def work(self, request: bytes) -> bytes:
         """Apply the commits that came along, run the item, answer: see `zoray.protocol.wire`.
@@ -141,10 +158,7 @@ class ReplicaActor:
         item, records = decode_request(request)
         try:
             started = time.perf_counter()
-            commits = list(lacking(records, self.replica.step, self._head))
-            if commits:
-                self.replica.apply(commits)
-                self._head = commits[-1].hash
+            self._advance(records)
             applied = time.perf_counter() - started
             if self.replica.step != item.step:
                 reason = "a commit is missing" if self.replica.step < item.step else "it is past that step"
@@ -164,7 +178,7 @@ class ReplicaActor:
         if item.kind is Kind.EVAL:
             return self._evaluate(item.shard)
         if item.kind is Kind.SNAPSHOT:
-            keep = self.config.save_total_limit
+            keep = self.config.snapshots_kept
             return DigestValue(save(self.snapshots, self.replica, self._head, self._run, keep))
         return DigestValue(self.replica.digest())
 

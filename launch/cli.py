@@ -68,11 +68,62 @@ def train(config: Annotated[str, typer.Argument(help="The run's YAML file.")], o
 
 
 @app.command()
-def resume(run: Run, overrides: Overrides = None, output_dir: Runs = "runs") -> None:
+def resume(
+    run: Run,
+    overrides: Overrides = None,
+    output_dir: Runs = "runs",
+    break_lock: Annotated[
+        bool, typer.Option("--break-lock", help="Although another machine, known to be gone, still seems to run it.")
+    ] = False,
+) -> None:
     """Continue a run with the first step that is not in its ledger."""
     from launch.train import resume as again
 
-    again(run, overrides or [], output_dir)
+    again(run, overrides or [], output_dir, break_lock)
+
+
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of words.")]
+Address = Annotated[
+    Optional[str],  # noqa: UP045 (typer reads the annotation on Python 3.10)
+    typer.Option(help="Address of Ray, where the run's folder is not here to tell it (also RAY_ADDRESS)."),
+]
+
+
+@app.command("list")
+def listing(as_json: Json = False, output_dir: Runs = "runs", address: Address = None) -> None:
+    """Show the runs there are, and where they are."""
+    from launch.status import listing as show
+
+    show(as_json, output_dir, address)
+
+
+@app.command()
+def status(run: Run, as_json: Json = False, output_dir: Runs = "runs", address: Address = None) -> None:
+    """Show where a run is, and its replicas."""
+    from launch.status import show
+
+    show(run, as_json, output_dir, address)
+
+
+@app.command()
+def scale(
+    run: Run,
+    replicas: Annotated[int, typer.Argument(help="How many replicas there should be.")],
+    output_dir: Runs = "runs",
+    address: Address = None,
+) -> None:
+    """Change the number of replicas while a run goes on; its result stays the same."""
+    from launch.status import scale as change
+
+    change(run, replicas, output_dir, address)
+
+
+@app.command()
+def stop(run: Run, output_dir: Runs = "runs", address: Address = None) -> None:
+    """End a run at the next step boundary, from another process; it can be resumed."""
+    from launch.status import stop as end
+
+    end(run, output_dir, address)
 
 
 @app.command("eval")

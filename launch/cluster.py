@@ -5,16 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from zoray.config import RunConfig
 from zoray.errors import ResourceError
 
+NAMESPACE = "zoray"
+"""Of Ray, in which coordinators have names: other processes find a run by it."""
+
 _OBJECT_STORE = 100 << 20
 
 
-def connect(config: RunConfig) -> str:
-    """Start or join Ray; returns a few words saying which.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run runs: in words, and whether Ray was started for it alone."""
+
+    words: str
+    embedded: bool
+
+
+def connect(config: RunConfig) -> Place:
+    """Start or join Ray.
 
     Raises:
         ResourceError: the cluster cannot be reached.
@@ -28,22 +40,22 @@ def connect(config: RunConfig) -> str:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if address:
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, namespace=NAMESPACE, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise ResourceError(
                 f"The Ray cluster cannot be reached: {error}.",
                 where=f"RAY_ADDRESS={address}",
                 advice="check the address, or unset RAY_ADDRESS to run on this machine alone",
             ) from error
-        return f"the Ray cluster at {address}"
+        return Place(f"the Ray cluster at {address}", embedded=False)
     cores = os.cpu_count() or 1
-    wanted = config.replicas * config.threads_per_replica
-    # Ray counts processors to place actors; more replicas than cores is slower, not wrong.
+    minimum, maximum, wanted = config.replica_limits
+    threads = (wanted if maximum is None else minimum) * config.threads_per_replica
     ray.init(
-        num_cpus=max(cores, wanted),
+        namespace=NAMESPACE,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE,
         **quiet,
     )
-    shared = f", {wanted} threads on {cores} cores" if wanted > cores else ""
-    return f"an embedded Ray on this machine{shared}"
+    shared = f", {threads} threads on {cores} cores" if threads > cores else ""
+    return Place(f"an embedded Ray on this machine{shared}", embedded=True)

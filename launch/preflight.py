@@ -46,9 +46,11 @@ def check_memory(config: RunConfig) -> None:
         return
     each = weights * _WIDTH[config.dtype] + _PROCESS_BYTES
     free = psutil.virtual_memory().available
-    if each * config.replicas > free:
+    minimum, maximum, wanted = config.replica_limits
+    replicas = wanted if maximum is None else minimum
+    if each * replicas > free:
         raise ResourceError(
-            f"{config.replicas} replicas of {each / 2**30:.1f} GiB need {each * config.replicas / 2**30:.1f} GiB, "
+            f"{replicas} replicas of {each / 2**30:.1f} GiB need {each * replicas / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free.",
             where="replicas",
             advice=f"use at most {free // each} replicas on this machine, or a shorter dtype",

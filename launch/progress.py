@@ -20,6 +20,7 @@ from zoray.runs import RunFolder
 if TYPE_CHECKING:
     from actors.coordinator import Prepared
     from actors.journal import Progress
+    from launch.cluster import Place
     from zoray.protocol import Evaluation, Finish
 
 
@@ -39,13 +40,14 @@ class Watcher:
         self._next_line = 0
         self._evaluations = 0
         self._started = time.monotonic()
-        self._first_step = self._trainable = self._replicas = 0
+        self._first_step = self._trainable = 0
 
     @contextmanager
     def starting(self) -> Iterator[None]:
         """Say that the machines are being got ready, for the time of the block."""
-        count = self.config.replicas
-        text = f"starting {count} {'replica' if count == 1 else 'replicas'} of {self.config.model}"
+        minimum, maximum, wanted = self.config.replica_limits
+        count = f"{wanted}" if maximum is None else f"{minimum} to {maximum}"
+        text = f"starting {count} {'replica' if count == '1' else 'replicas'} of {self.config.model}"
         if self.console.is_terminal:
             with self.console.status(text):
                 yield
@@ -53,15 +55,15 @@ class Watcher:
             self.console.print(text, markup=False)
             yield
 
-    def begin(self, prepared: Prepared, place: str) -> None:
+    def begin(self, prepared: Prepared, place: Place) -> None:
         """The run is about to start."""
         self._started, self._first_step = time.monotonic(), prepared.next_step
         self._next_line = prepared.next_step
         about = prepared.introduction
-        self._trainable, self._replicas = about.trainable, prepared.replicas
+        self._trainable = about.trainable
         share = "" if about.trainable == about.weights else f", {about.trainable:,} of them trained"
         config = self.config
-        self.console.print(f"run {self.folder.name} on {place}", markup=False)
+        self.console.print(f"run {self.folder.name} on {place.words}", markup=False)
         self.console.print(f"  {about.weights:,} weights in {config.dtype}{share}", markup=False)
         probes = f"{config.directions} directions × {config.microbatches * config.per_direction_batch_size} examples"
         self.console.print(f"  {probes} per step, {config.max_steps} steps, {prepared.replicas} replicas", markup=False)
@@ -85,7 +87,7 @@ class Watcher:
             self.console.print(line(progress), markup=False)
             self._next_line = (progress.step // self.config.logging_steps + 1) * self.config.logging_steps
 
-    def end(self, progress: Progress, finish: Finish, ledger_bytes: int) -> None:
+    def end(self, progress: Progress, finish: Finish) -> None:
         """Show what came of the run, and what can be done with it now."""
         if self._live is None:
             self._next_line = progress.step
@@ -97,7 +99,7 @@ class Watcher:
         self.console.print(f"{finish.text}: {done} steps in {clock(seconds)}", markup=False)
         if progress.first is not None and progress.last is not None:
             self.console.print(f"  held-out loss {outcome(progress.first, progress.last)}", markup=False)
-        self._say_exchange(progress, done, ledger_bytes)
+        self._say_exchange(progress)
         if finish.digest is not None:
             self.console.print(f"  digest of the weights {finish.digest:016x}, the same on every replica")
         name = self.folder.name
@@ -105,15 +107,17 @@ class Watcher:
         for command in (*again, f"zoray verify {name}", f"zoray export {name} --to DIR", f"zoray plot {name}"):
             self.console.print(f"  {command}", markup=False)
 
-    def _say_exchange(self, progress: Progress, steps: int, ledger_bytes: int) -> None:
+    def _say_exchange(self, progress: Progress) -> None:
         """Bytes exchanged, against what data-parallel training would have sent for the same steps."""
-        gradients = 2 * self._trainable * steps * self._replicas
+        gradients = 2 * self._trainable * progress.replica_steps
         exchanged = progress.sent + progress.received
         text = f"  exchanged {size(exchanged)} in all; data-parallel training would have sent {size(gradients)}"
         if exchanged and gradients > exchanged:
             text += f", {gradients / exchanged:,.0f} times as much"
         self.console.print(text, markup=False)
-        self.console.print(f"  (2 bytes per trained weight, step and replica); the ledger has {size(ledger_bytes)}")
+        self.console.print(
+            f"  (2 bytes per trained weight, step and replica); the ledger has {size(progress.ledger_bytes)}"
+        )
 
 
 def panel(progress: Progress, stopping: bool) -> RenderableType:

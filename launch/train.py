@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.cluster import connect
+from launch.cluster import Place, connect
 from launch.preflight import check_memory, check_paths
 from launch.progress import Watcher
 from zoray.config import RunConfig, changed, load
@@ -41,8 +41,10 @@ def train(config_path: str, overrides: list[str]) -> None:
         raise
 
 
-def resume(run: str, overrides: list[str], output_dir: str = "runs") -> None:
+def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock: bool = False) -> None:
     """Continue a run with the first step that is not in its ledger.
+
+    `break_lock`: although another machine still seems to run it.
 
     Raises:
         ZorayError: the run cannot continue; the error names the key if an override would change its mathematics.
@@ -63,35 +65,59 @@ def resume(run: str, overrides: list[str], output_dir: str = "runs") -> None:
             advice="start it anew with `zoray train`",
         )
     check_memory(config)
-    _follow(folder, config, resume=True)
+    _follow(folder, config, resume=True, break_lock=break_lock)
 
 
-def _follow(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
+def _follow(folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: bool = False) -> None:
     """Run a coordinator on the cluster's head and show its progress until the run is over."""
     watcher = Watcher(folder, config)
     with watcher.starting():
         place = connect(config)
         import ray
 
-        from actors.coordinator import Coordinator
-        from actors.fleet import receive
+        from actors.inbox import receive
 
-        options: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}, "max_concurrency": 4}
-        # Ray makes methods remote at run time, behind the back of any type checker.
-        coordinator: Any = ray.remote(Coordinator).options(**options).remote(config, str(folder.path))
-        prepared = receive(coordinator.prepare.remote(resume), "coordinator")
+        coordinator = _start(folder, config, place)
+        prepared = receive(coordinator.prepare.remote(resume, break_lock), "the coordinator")
         if resume:
             folder.write_config(config)
     watcher.begin(prepared, place)
     running = coordinator.run.remote()
     with _interrupts(lambda: coordinator.stop.remote()) as interrupted:
         while not ray.wait([running], timeout=watcher.interval)[0]:
-            watcher.show(receive(coordinator.progress.remote(), "coordinator"), stopping=interrupted.is_set())
-    finish = receive(running, "coordinator")
-    progress = receive(coordinator.progress.remote(), "coordinator")
-    watcher.end(progress, finish, receive(coordinator.ledger_bytes.remote(), "coordinator"))
+            watcher.show(receive(coordinator.progress.remote(), "the coordinator"), stopping=interrupted.is_set())
+    finish = receive(running, "the coordinator")
+    watcher.end(receive(coordinator.progress.remote(), "the coordinator"), finish)
     ray.shutdown()
     _conclude(finish, folder)
+
+
+def _start(folder: RunFolder, config: RunConfig, place: Place) -> Any:
+    """The run's coordinator, as an actor on the head, under a name by which other processes find it.
+
+    Raises:
+        RunError: the cluster has one of that name already.
+    """
+    import ray
+
+    from actors.coordinator import Coordinator, actor_name
+
+    options: dict[str, Any] = {
+        "name": actor_name(folder.name),
+        "num_cpus": 0,
+        "resources": {"node:__internal_head__": 0.001},
+        "max_concurrency": 16,
+    }
+    # Ray makes methods remote at run time, behind the back of any type checker.
+    remote: Any = ray.remote(Coordinator)
+    try:
+        return remote.options(**options).remote(config, str(folder.path), place.embedded)
+    except ValueError as error:
+        raise RunError(
+            f"The run {folder.name} is running on this cluster already.",
+            where=place.words,
+            advice=f"look at it with `zoray status {folder.name}`, or end it with `zoray stop {folder.name}`",
+        ) from error
 
 
 def _conclude(finish: Any, folder: RunFolder) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from zoray import __version__
@@ -23,6 +25,8 @@ class Identity:
 
     Attributes:
         version: of Zoray.
+        code: digest (hex) of the sources of `zoray`, on which the numbers depend.
+        config: digest (hex) of the mathematics of the configuration.
         base: digest (hex) of the base model: all of its weights and buffers, new heads and adapters included.
         layout: digest (hex) of the trainable parameters' names, shapes and dtypes.
         data: digest (hex) of the tokenised training data.
@@ -30,6 +34,8 @@ class Identity:
     """
 
     version: str
+    code: str
+    config: str
     base: str
     layout: str
     data: str
@@ -43,6 +49,8 @@ class Identity:
         """
         words = {
             "version": "version of Zoray",
+            "code": "code of Zoray",
+            "config": "configuration",
             "base": "base model",
             "layout": "set of trainable parameters",
             "data": "training data",
@@ -58,10 +66,36 @@ class Identity:
                 )
 
 
-def identify(replica: Replica, data: str) -> Identity:
+def identify(replica: Replica, data: str, config: RunConfig) -> Identity:
     """The identity of a replica at step 0 whose paths have been proved."""
     assert replica.verdict is not None
-    return Identity(__version__, f"{base_digest(replica.model):016x}", replica.layout.identity, data, replica.verdict)
+    base, layout = f"{base_digest(replica.model):016x}", replica.layout.identity
+    return Identity(__version__, code_digest(), config_digest(config), base, layout, data, replica.verdict)
+
+
+def check_newcomer(identity: Identity, config: RunConfig, who: str) -> None:
+    """Refuse a replica whose process has other code or another configuration than this one.
+
+    Raises:
+        RunError: naming what differs.
+    """
+    replace(identity, version=__version__, code=code_digest(), config=config_digest(config)).check(identity, who)
+
+
+@cache
+def code_digest() -> str:
+    """Short digest (hex) of the sources of the package `zoray`."""
+    found = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def config_digest(config: RunConfig) -> str:
+    """Short digest (hex) of what a configuration computes, without the places of its files."""
+    keys = {key: value for key, value in mathematics(config).items() if key not in ("model", "task.train")}
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def ledger_header(config: RunConfig, identity: Identity, task: Task) -> dict[str, Any]:
@@ -69,7 +103,7 @@ def ledger_header(config: RunConfig, identity: Identity, task: Task) -> dict[str
     return {
         "format": LEDGER_FORMAT,
         "run_seed": config.seed,
-        "identity": json.loads(json.dumps(asdict(identity))),
+        "identity": _recorded(identity),
         "labels": {"num_labels": task.num_labels, "id2label": _string_keys(task.id2label)},
         "mathematics": mathematics(config),
     }
@@ -89,7 +123,7 @@ def check_header(header: dict[str, Any], identity: Identity, config: RunConfig, 
                 where=f"{where}, {key}",
                 advice=f"resume with {key}={old[key]}, or start a new run",
             )
-    recorded, found = header["identity"], json.loads(json.dumps(asdict(identity)))
+    recorded, found = header["identity"], _recorded(identity)
     for field, word in (("base", "base model"), ("layout", "set of parameters"), ("data", "data"), ("verdict", "path")):
         if recorded[field] != found[field]:
             raise LedgerError(
@@ -113,6 +147,13 @@ def check_base(header: dict[str, Any], replica: Replica, where: str) -> None:
                 where=f"{where}, identity.{field}",
                 advice="give it back the model it was made with (the key `model` of the run's config.yaml)",
             )
+
+
+def _recorded(identity: Identity) -> dict[str, Any]:
+    """What of an identity a ledger keeps: another version of the code may go on with it."""
+    facts: dict[str, Any] = json.loads(json.dumps(asdict(identity)))
+    del facts["code"], facts["config"]
+    return facts
 
 
 def header_digest(header: dict[str, Any]) -> str:

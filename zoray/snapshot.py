@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from zoray.digest import digest
-from zoray.errors import LedgerError, RunError
+from zoray.errors import RunError
 from zoray.identity import check_base, header_digest
 from zoray.ledger import Ledger
 from zoray.replica import Replica
@@ -75,26 +76,52 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def load_newest(folder: Path, replica: Replica, run: str, at_most: int) -> bytes | None:
-    """Bring the replica to the newest usable snapshot at or before a step.
+def heads(folder: Path, ledger: Ledger, at_most: int | None = None) -> dict[int, bytes]:
+    """Steps there are snapshots of (up to one), with the hash the ledger's last commit before each has."""
+    last = ledger.next_step if at_most is None else at_most
+    return {step: head_at(ledger, step) for step in steps(folder) if step <= last}
+
+
+def sweep(folder: Path, after: int | None = None) -> None:
+    """Delete what killed processes left half written, and the snapshots of steps later than `after`.
+
+    Only while nobody else uses the folder.
+    """
+    for path in folder.glob(f".{_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step in steps(folder) if after is not None else []:
+        if after is not None and step > after:
+            shutil.rmtree(folder / f"{_PREFIX}{step}", ignore_errors=True)
+
+
+def load_newest(folder: Path, replica: Replica, run: str, known: Mapping[int, bytes]) -> bytes | None:
+    """Bring the replica to the newest usable snapshot.
+
+    Args:
+        folder: the run's snapshots.
+        replica: at a step before it.
+        run: `header_digest` of the run's ledger.
+        known: the steps whose snapshots may be used, with the hash each must have been made at (see `heads`).
 
     Returns:
         The hash of the last commit in it; None if there is none, and then the replica is as it was.
     """
     for step in reversed(steps(folder)):
-        if replica.step < step <= at_most:
+        if replica.step < step and step in known:
             place = folder / f"{_PREFIX}{step}"
             try:
-                return _load(place, replica, run)
+                return _load(place, replica, run, known[step])
             except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
                 _log.warning("the snapshot %s is passed over: %s", place, error)
     return None
 
 
-def _load(place: Path, replica: Replica, run: str) -> bytes:
+def _load(place: Path, replica: Replica, run: str, head: bytes) -> bytes:
     info = SnapshotInfo(**json.loads((place / "snapshot.json").read_text()))
     if info.run != run:
         raise ValueError("it belongs to another run")
+    if info.head != head.hex():
+        raise ValueError("it was made with other commits than the ledger has")
     state = load_file(place / "weights.safetensors")
     for name, tensor in replica.memory.state().items():
         if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
@@ -103,7 +130,7 @@ def _load(place: Path, replica: Replica, run: str) -> bytes:
     if found != info.digest:
         raise ValueError(f"its digest is {found}, not {info.digest}")
     replica.load(state, info.step)
-    return bytes.fromhex(info.head)
+    return head
 
 
 def replay(replica: Replica, ledger: Ledger, snapshots: Path | None, step: int | None = None) -> None:
@@ -126,13 +153,7 @@ def replay(replica: Replica, ledger: Ledger, snapshots: Path | None, step: int |
             f"The run has no step {goal}.", where=str(ledger.path), advice=f"give a step from 0 to {ledger.next_step}"
         )
     if snapshots is not None:
-        head = load_newest(snapshots, replica, header_digest(ledger.header), goal)
-        if head is not None and head != head_at(ledger, replica.step):
-            raise LedgerError(
-                f"The snapshot of step {replica.step} was made with other commits than the ledger has.",
-                where=str(snapshots),
-                advice="delete that snapshot: replay makes up for it",
-            )
+        load_newest(snapshots, replica, header_digest(ledger.header), heads(snapshots, ledger, goal))
     replica.apply(list(ledger.commits(replica.step, goal)))
 
 

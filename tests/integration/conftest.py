@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SENTENCES, make_model
+from tests.integration.warm import WarmFleet
 from zoray.config import RunConfig
 from zoray.runs import RunFolder
 
@@ -103,5 +104,23 @@ def launch(local_ray: None) -> Iterator[Launch]:
 
     yield run
     for coordinator in started:
-        coordinator.fleet.close()
+        coordinator.roster.close()
         coordinator.exporter.close()
+        coordinator.lock.release()
+
+
+@pytest.fixture(scope="session")
+def processes(local_ray: None) -> Iterator[list[Any]]:
+    import ray
+
+    idle: list[Any] = []
+    yield idle
+    for actor in idle:
+        ray.kill(actor)
+
+
+@pytest.fixture
+def warm(processes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the replicas of a test come from processes that have been replicas before."""
+    monkeypatch.setattr(WarmFleet, "idle", processes, raising=False)
+    monkeypatch.setattr("actors.roster.Fleet", WarmFleet)

@@ -1,23 +1,23 @@
 """Stops at every step, damaged files, lost replicas and foreign exceptions: what a run makes of them.
 
-Nearly all of a replica's start is imports, so these tests keep replica processes and let each load the model anew.
+Most of these tests keep replica processes and let each load the model anew.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from actors.fleet import Fleet, receive
-from actors.replica import Introduction, ReplicaActor
+from actors.inbox import receive
+from launch.cluster import Place
 from launch.restore import base_replica
 from tests.integration.conftest import Inputs, Launch, Ran
-from zoray.config import RunConfig
+from tests.integration.warm import WarmFleet
 from zoray.errors import LedgerError, ResourceError, RunError
 from zoray.ledger import Ledger
 from zoray.protocol import decode_request
@@ -25,59 +25,6 @@ from zoray.runs import RunFolder
 from zoray.snapshot import replay
 
 STEPS = 6
-
-
-class WarmReplica:
-    """A process that is one replica after the other."""
-
-    def become(self, name: str, config: RunConfig, snapshots: str) -> None:
-        self.actor = ReplicaActor(name, config, snapshots)
-
-    def introduce(self) -> Introduction:
-        return self.actor.introduce()
-
-    def join(self, genesis: bytes, run: str, next_step: int) -> tuple[int, tuple[str, ...]]:
-        return self.actor.join(genesis, run, next_step)
-
-    def work(self, request: bytes) -> bytes:
-        return self.actor.work(request)
-
-
-class WarmFleet(Fleet):
-    """A fleet whose replicas give their process back instead of ending it."""
-
-    idle: list[Any]
-
-    def start(self, count: int) -> dict[str, Introduction]:
-        import ray
-
-        for number in range(count):
-            actor = self.idle.pop() if self.idle else ray.remote(WarmReplica).options(num_cpus=0).remote()
-            self._actors[f"r{number}"] = actor
-            actor.become.remote(f"r{number}", self._config, self._snapshots)
-        waiting = {name: actor.introduce.remote() for name, actor in self._actors.items()}
-        return {name: receive(reference, name) for name, reference in waiting.items()}
-
-    def remove(self, name: str) -> None:
-        actor = self._actors.pop(name, None)
-        if actor is not None:
-            self.idle.append(actor)
-
-
-@pytest.fixture(scope="module")
-def processes(local_ray: None) -> Iterator[list[Any]]:
-    import ray
-
-    idle: list[Any] = []
-    yield idle
-    for actor in idle:
-        ray.kill(actor)
-
-
-@pytest.fixture
-def warm(processes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WarmFleet, "idle", processes, raising=False)
-    monkeypatch.setattr("actors.coordinator.Fleet", WarmFleet)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +36,7 @@ def undisturbed(processes: list[Any], inputs: Inputs) -> Ran:
     folder = RunFolder.create(config, "undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WarmFleet, "idle", processes, raising=False)
-        patch.setattr("actors.coordinator.Fleet", WarmFleet)
+        patch.setattr("actors.roster.Fleet", WarmFleet)
         coordinator = Coordinator(config, str(folder.path))
         coordinator.prepare(False)
         return Ran(folder, coordinator.run(), coordinator)
@@ -110,16 +57,16 @@ def stopping(step: int) -> Callable[[Any, Any], None]:
 
 
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps at which replicas join from now on."""
-    from actors import coordinator
+    """The steps of the weights with which replicas join from now on, before they replay."""
+    from actors.admission import Admission
 
-    ready, steps = coordinator.ReplicaReady, list[int]()
+    original, steps = Admission._joined, list[int]()
 
-    def noted(name: str, step: int) -> Any:
-        steps.append(step)
-        return ready(name, step)
+    def noted(self: Admission, name: str, result: tuple[int, tuple[str, ...]]) -> None:
+        steps.append(result[0])
+        original(self, name, result)
 
-    monkeypatch.setattr(coordinator, "ReplicaReady", noted)
+    monkeypatch.setattr(Admission, "_joined", noted)
     return steps
 
 
@@ -193,38 +140,22 @@ def test_damage_before_the_end_is_refused_with_the_offset(warm: None, inputs: In
     assert path.read_bytes() == damaged
 
 
-def test_a_lost_replica_is_not_missed(undisturbed: Ran, inputs: Inputs, launch: Launch) -> None:
-    import ray
-
-    got = launch(inputs.config(replicas=2), at=after(1, lambda coordinator: ray.kill(coordinator.fleet._actors["r1"])))
-    assert got.finish.reason == "done"
-    assert got.ledger == undisturbed.ledger
-
-
-def test_without_any_replica_a_run_ends_and_can_be_resumed(undisturbed: Ran, inputs: Inputs, launch: Launch) -> None:
-    import ray
-
-    got = launch(inputs.config(replicas=1), at=after(3, lambda coordinator: ray.kill(coordinator.fleet._actors["r0"])))
-    assert got.finish.reason == "failed" and "zoray resume" in got.finish.advice
-    assert Ledger.open(got.folder.ledger, repair=False).next_step == 3
-    assert launch(inputs.config(replicas=1), got.folder).ledger == undisturbed.ledger
-
-
 @pytest.mark.parametrize("directions", [1, 16])
 def test_bytes_of_a_probe_and_of_a_step(
     directions: int, warm: None, inputs: Inputs, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     carried: dict[str, int] = {}
     bare: list[int] = []
-    send = WarmFleet.send
+    call = WarmFleet.call
 
-    def counted(self: Any, name: str, request: bytes) -> Any:
-        records = len(decode_request(request)[1])
-        carried[name] = carried.get(name, 0) + records
-        bare.append(len(request) - records)
-        return send(self, name, request)
+    def counted(self: Any, name: str, method: str, *arguments: Any) -> Any:
+        if method == "work":
+            records = len(decode_request(arguments[0])[1])
+            carried[name] = carried.get(name, 0) + records
+            bare.append(len(arguments[0]) - records)
+        return call(self, name, method, *arguments)
 
-    monkeypatch.setattr(WarmFleet, "send", counted)
+    monkeypatch.setattr(WarmFleet, "call", counted)
     got = launch(inputs.config(replicas=2, directions=directions, eval_steps=None, eval_on_start=False))
     received = got.coordinator.progress().received
     sent = got.coordinator.progress().sent
@@ -242,8 +173,8 @@ def test_a_replica_that_raises_anything_is_a_clean_error(local_ray: None) -> Non
     def fail() -> None:
         raise KeyError("odd")
 
-    with pytest.raises(RunError, match="Replica r0 failed: KeyError") as caught:
-        receive(ray.remote(fail).options(num_cpus=0).remote(), "r0")
+    with pytest.raises(RunError, match="replica r0 failed: KeyError") as caught:
+        receive(ray.remote(fail).options(num_cpus=0).remote(), "replica r0")
     assert "Traceback" not in str(caught.value)
 
 
@@ -257,8 +188,8 @@ def test_a_replica_that_dies_while_loading_is_a_clean_error(local_ray: None) -> 
             os._exit(1)
 
     actor = ray.remote(Dies).options(num_cpus=0).remote()
-    with pytest.raises(ResourceError, match="Replica r0 died") as caught:
-        receive(actor.introduce.remote(), "r0")
+    with pytest.raises(ResourceError, match="replica r0 died") as caught:
+        receive(actor.introduce.remote(), "replica r0")
     assert "memory" in str(caught.value.advice)
 
 
@@ -267,7 +198,7 @@ def test_a_taken_port_ends_the_command_and_leaves_no_folder(
 ) -> None:
     from launch import train
 
-    monkeypatch.setattr(train, "connect", lambda config: "the Ray of the tests")
+    monkeypatch.setattr(train, "connect", lambda config: Place("the Ray of the tests", embedded=False))
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**inputs.base, "run_name": "taken", "output_dir": str(tmp_path / "runs")}))
     with socket.socket() as taken:

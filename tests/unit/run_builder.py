@@ -116,7 +116,7 @@ def build_run(
     kinds: dict[str, Any] = {"direction": config.direction.kind, "rank": config.direction.rank}
     replica = Replica(loaded, config.seed, signs=config.signs, head=config.head, **kinds)
     replica.prove(batch_for(task, config, 0, 0, 0), config.epsilon)
-    header = ledger_header(config, identify(replica, task.digest), task)
+    header = ledger_header(config, identify(replica, task.digest, config), task)
     digests, evaluations = {0: replica.digest()}, {0: _evaluate(run, replica, task)}
     with Ledger.create(run.ledger, header) as ledger:
         for _ in range(config.max_steps):

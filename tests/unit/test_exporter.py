@@ -9,7 +9,11 @@ import pytest
 
 from actors.exporter import Exporter
 from zoray.errors import ResourceError
+from zoray.protocol import Counters
+from zoray.protocol.machines import Policy
+from zoray.protocol.membership import initial_membership
 
+MEMBERS = initial_membership(Policy(1, None), 2)
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
@@ -57,9 +61,9 @@ def test_metrics_and_health_are_served_and_a_taken_port_is_refused() -> None:
     exporter = Exporter("r", "m", 3)
     port = exporter.serve(0)
     try:
-        exporter.beat(2)
+        exporter.beat(MEMBERS, Counters())
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-        assert 'zoray_replicas{run="r"} 2.0' in text
+        assert 'zoray_replicas{run="r",state="active"} 0.0' in text and 'zoray_target_replicas{run="r"} 2.0' in text
         health = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).read())
         assert health["ok"] is True
         with pytest.raises(ResourceError, match=str(port)) as caught:

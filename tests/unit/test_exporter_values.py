@@ -7,13 +7,16 @@ import math
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from actors.exporter import Exporter
 from actors.journal import Split
+from tests.unit.test_exporter import MEMBERS
 from tests.unit.test_journal import record
 from zoray.protocol import Counters, Evaluation
+from zoray.protocol.membership import Slot, SlotPhase
 
 
 @pytest.fixture
@@ -65,20 +68,22 @@ def test_a_step_without_a_finite_probe_shows(exporter: Exporter) -> None:
 
 def test_faults_are_counted_once(exporter: Exporter) -> None:
     for counters in (Counters(lost=1), Counters(lost=1), Counters(lost=3, late=1)):
-        exporter.committed(record(counters=counters), Split(), 1.0)
+        exporter.beat(MEMBERS, counters)
     assert value(exporter, "faults_total", kind="lost") == 3
     assert value(exporter, "faults_total", kind="late") == 1
     assert value(exporter, "faults_total", kind="diverged") == 0
 
 
 def test_bytes_replicas_and_evaluations(exporter: Exporter) -> None:
+    phases = {"r0": SlotPhase.ACTIVE, "r1": SlotPhase.ACTIVE, "r2": SlotPhase.STARTING}
     exporter.exchanged(15, 0)
     exporter.exchanged(15, 31)
-    exporter.beat(3)
+    exporter.beat(replace(MEMBERS, slots={name: Slot("n", phase, 0.0) for name, phase in phases.items()}), Counters())
     exporter.evaluated(Evaluation(1.25, 0.1, 8, 6))
     assert value(exporter, "exchanged_bytes_total", flow="sent") == 30
     assert value(exporter, "exchanged_bytes_total", flow="received") == 31
-    assert value(exporter, "replicas") == 3
+    assert [value(exporter, "replicas", state=s) for s in ("active", "starting", "leaving")] == [2, 1, 0]
+    assert value(exporter, "target_replicas") == 2
     assert (value(exporter, "eval_loss"), value(exporter, "eval_accuracy_ratio")) == (1.25, 0.75)
 
 
@@ -95,14 +100,14 @@ def test_health_goes_with_the_loop(exporter: Exporter, monkeypatch: pytest.Monke
     # Replicas that take long to load a model are not a coordinator that hangs.
     now[0] += 1000
     assert get(port, "/health")[0] == 200
-    exporter.beat(1)
+    exporter.beat(MEMBERS, Counters())
     now[0] += 29
     status, text = get(port, "/health")
     assert (status, json.loads(text)) == (200, {"run": "r", "ok": True, "seconds_since_last_turn": 29.0})
     now[0] += 2
     status, text = get(port, "/health")
     assert status == 503 and json.loads(text)["ok"] is False
-    exporter.beat(1)
+    exporter.beat(MEMBERS, Counters())
     assert get(port, "/health")[0] == 200
 
 

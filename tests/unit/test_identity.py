@@ -10,14 +10,28 @@ import pytest
 import torch
 from torch import nn
 
+from zoray import __version__
 from zoray.config import RunConfig
 from zoray.errors import LedgerError, RunError
-from zoray.identity import Identity, check_base, check_header, header_digest, identify, ledger_header
+from zoray.identity import (
+    Identity,
+    check_base,
+    check_header,
+    check_newcomer,
+    code_digest,
+    config_digest,
+    header_digest,
+    identify,
+    ledger_header,
+)
 from zoray.proof import Verdict
 from zoray.replica import Replica
 
-IDENTITY = Identity("0.1.0", "ba5e", "1a40", "da7a", Verdict(True, False, reasons=("why",)))
-OTHER: dict[str, Any] = {"version": "9", "base": "x", "layout": "x", "data": "x", "verdict": Verdict(False, False)}
+IDENTITY = Identity("0.1.0", "c0de", "c0f1", "ba5e", "1a40", "da7a", Verdict(True, False, reasons=("why",)))
+OTHER: dict[str, Any] = {
+    "version": "9", "code": "x", "config": "x", "base": "x", "layout": "x", "data": "x",
+    "verdict": Verdict(False, False),
+}  # fmt: skip
 
 
 class FakeTask:
@@ -88,7 +102,18 @@ def test_other_files_are_refused(field: str, word: str) -> None:
 
 
 def test_another_version_may_resume() -> None:
-    check_header(header(), replace(IDENTITY, version="9"), config(), "here")
+    check_header(header(), replace(IDENTITY, version="9", code="x"), config(), "here")
+
+
+def test_a_newcomer_has_this_process_s_code_and_configuration() -> None:
+    mine = replace(IDENTITY, version=__version__, code=code_digest(), config=config_digest(config()))
+    check_newcomer(mine, config(replicas=9, eval_on_start=False), "r3")
+    for field in ("version", "code", "config"):
+        with pytest.raises(RunError, match="r3 has another") as caught:
+            check_newcomer(replace(mine, **{field: "x"}), config(), "r3")
+        assert caught.value.where == f"handshake, {field}"
+    with pytest.raises(RunError, match="another configuration"):
+        check_newcomer(mine, config(epsilon=0.5), "r3")
 
 
 def test_the_base_model_is_all_of_the_model() -> None:
@@ -113,7 +138,7 @@ def test_the_base_model_is_all_of_the_model() -> None:
 def test_an_identity_is_that_of_a_proved_replica() -> None:
     one = replica(model())
     with pytest.raises(AssertionError):
-        identify(one, "d")
+        identify(one, "d", config())
 
 
 def test_header_digests_tell_runs_apart_and_do_not_depend_on_order() -> None:

@@ -40,7 +40,7 @@ def journal_of(folder: Path) -> Journal:
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
     made = journal_of(tmp_path)
-    made.begin(0, 2, "http://here/metrics", 64.0)
+    made.begin(0, "http://here/metrics", 64.0)
     return made
 
 
@@ -99,7 +99,7 @@ def test_a_resumed_run_knows_its_evaluations_up_to_there(tmp_path: Path, journal
     for step, loss in ((0, 3.0), (2, 2.0), (4, 1.0)):
         journal.report(record(step, aggregate=None, evaluation=Evaluation(loss, 0.1, 10, 0)))
     again = journal_of(tmp_path)
-    again.begin(3, 1, "", 64.0)
+    again.begin(3, "", 64.0)
     assert again.progress.step == 3
     assert again.progress.first is not None and again.progress.first.loss == 3.0
     assert again.progress.last is not None and again.progress.last.loss == 2.0
@@ -123,5 +123,17 @@ def test_rms() -> None:
 
 def test_the_end(journal: Journal) -> None:
     assert not journal.progress.finished
-    journal.finished()
-    assert journal.progress.finished
+    journal.finished(81)
+    assert journal.progress.finished and journal.progress.ledger_bytes == 81
+
+
+def test_steps_that_are_computed_again_are_forgotten(journal: Journal) -> None:
+    for step in range(6):
+        journal.report(record(step, digest=step, evaluation=EVALUATION if step in (2, 4) else None))
+    assert journal.progress.replica_steps == 12
+    journal.rewound(3)
+    assert journal.progress.step == 3
+    assert [row["step"] for row in journal.folder.rows("steps")] == [0, 1, 2]
+    assert [row["step"] for row in journal.folder.rows("evaluations")] == [2]
+    # The digest of step 3 is that of the weights after the commits 0 to 2.
+    assert [row["step"] for row in journal.folder.rows("digests")] == [0, 1, 2, 3]

@@ -17,7 +17,7 @@ from zoray.errors import LedgerError, RunError
 from zoray.identity import header_digest
 from zoray.ledger import Ledger
 from zoray.replica import Replica, base_digest
-from zoray.snapshot import head_at, load_newest, replay, save, steps
+from zoray.snapshot import head_at, heads, load_newest, replay, save, steps, sweep
 
 RUN = "run"
 
@@ -53,7 +53,7 @@ def test_the_same_bits_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
     one, other = replica(dtype), replica(dtype)
     one.apply(seal(0, 2.0**-7, 1.0, 1.0, ((0, 0, 99),), bytes(32)))
     assert save(tmp_path, one, b"\1" * 32, RUN) == one.digest()
-    assert load_newest(tmp_path, other, RUN, 1) == b"\1" * 32
+    assert load_newest(tmp_path, other, RUN, {1: b"\1" * 32}) == b"\1" * 32
     assert other.step == 1
     for mine, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(bits(mine), bits(theirs))
@@ -65,7 +65,7 @@ def test_the_newest_in_time_is_taken(tmp_path: Path, ledger: Ledger) -> None:
     assert steps(tmp_path / "s") == [2, 4, 6]
     for most, expected in ((6, 6), (5, 4), (2, 2), (1, 0)):
         one = replica()
-        found = load_newest(tmp_path / "s", one, header_digest(ledger.header), most)
+        found = load_newest(tmp_path / "s", one, header_digest(ledger.header), heads(tmp_path / "s", ledger, most))
         assert one.step == expected
         assert found == (head_at(ledger, expected) if expected else None)
         assert one.digest() == at(ledger, expected).digest()
@@ -114,6 +114,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "not json": lambda place: (place / "snapshot.json").write_text("{"),
     "other keys": lambda place: edit(place, more=1),
     "another run": lambda place: edit(place, run="another"),
+    "other commits": lambda place: edit(place, head="7" * 64),
     "digest": lambda place: edit(place, digest="0" * 16),
 }
 
@@ -126,7 +127,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(
     damage(tmp_path / "s" / "step-4")
     one = replica()
     with caplog.at_level(logging.WARNING):
-        load_newest(tmp_path / "s", one, header_digest(ledger.header), 6)
+        load_newest(tmp_path / "s", one, header_digest(ledger.header), heads(tmp_path / "s", ledger))
     assert one.step == 2
     assert one.digest() == at(ledger, 2).digest()
     assert "step-4 is passed over" in caplog.text
@@ -137,7 +138,7 @@ def test_one_of_another_layout_is_passed_over(tmp_path: Path) -> None:
     one.apply(seal(0, 2.0**-7, 1.0, 1.0, ((0, 0, 99),), bytes(32)))
     save(tmp_path, one, b"\1" * 32, RUN)
     other = replica()
-    assert load_newest(tmp_path, other, RUN, 1) is None
+    assert load_newest(tmp_path, other, RUN, {1: b"\1" * 32}) is None
     assert (other.step, other.digest()) == (0, replica().digest())
 
 
@@ -157,10 +158,29 @@ def test_a_step_that_is_not_there(ledger: Ledger, step: int) -> None:
     assert "0 to 6" in str(caught.value.advice)
 
 
-def test_a_snapshot_of_other_commits_is_refused(tmp_path: Path, ledger: Ledger) -> None:
+def test_one_of_other_commits_is_passed_over(tmp_path: Path, ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path / "s", at(ledger, 4), b"\7" * 32, header_digest(ledger.header))
-    with pytest.raises(LedgerError, match="made with other commits"):
-        replay(replica(), ledger, tmp_path / "s")
+    one = replica()
+    with caplog.at_level(logging.WARNING):
+        replay(one, ledger, tmp_path / "s")
+    assert one.digest() == at(ledger, 6).digest() and "other commits" in caplog.text
+
+
+def test_only_known_ones_are_used(tmp_path: Path, ledger: Ledger) -> None:
+    saved(ledger, tmp_path / "s", 2, 4)
+    known = heads(tmp_path / "s", ledger, 3)
+    assert known == {2: head_at(ledger, 2)}
+    one = replica()
+    assert load_newest(tmp_path / "s", one, header_digest(ledger.header), known) == known[2] and one.step == 2
+
+
+def test_sweep_deletes_what_is_half_written_or_too_late(tmp_path: Path, ledger: Ledger) -> None:
+    saved(ledger, tmp_path / "s", 2, 4)
+    (tmp_path / "s" / ".step-6.4711").mkdir()
+    sweep(tmp_path / "s")
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["step-2", "step-4"]
+    sweep(tmp_path / "s", after=2)
+    assert steps(tmp_path / "s") == [2]
 
 
 def test_another_base_model_is_refused(ledger: Ledger) -> None:

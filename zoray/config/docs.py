@@ -11,7 +11,14 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from zoray.config.schema import RunConfig
-from zoray.config.sections import CausalLMTask, ClassificationTask, DirectionConfig, LoraConfig, MemoryConfig
+from zoray.config.sections import (
+    CausalLMTask,
+    ClassificationTask,
+    DirectionConfig,
+    LoraConfig,
+    MemoryConfig,
+    ReplicaRange,
+)
 
 _HEAD = """# Configuration
 
@@ -35,6 +42,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`task` with `kind: classification`", "task.", ClassificationTask),
     ("`trainable: {lora: {...}}`", "trainable.lora.", LoraConfig),
     ("`direction`", "direction.", DirectionConfig),
+    ("`replicas: {min: ..., max: ...}`", "replicas.", ReplicaRange),
     ("`memory`", "memory.", MemoryConfig),
 )
 

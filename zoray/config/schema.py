@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Tag, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import Self
 
-from zoray.config.sections import DirectionConfig, MemoryConfig, Section, TaskConfig, TrainableLora, fault, key
+from zoray.config.sections import (
+    DirectionConfig,
+    MemoryConfig,
+    ReplicaRange,
+    Section,
+    TaskConfig,
+    TrainableLora,
+    fault,
+    key,
+)
 from zoray.schedule import POLYNOMIAL_END
 
 EXACT_SUM_LIMIT = 2**24
@@ -17,6 +26,10 @@ EXACT_SUM_LIMIT = 2**24
 
 def _trainable_tag(value: Any) -> str:
     return "mapping" if isinstance(value, dict | BaseModel) else "name"
+
+
+def _replicas_tag(value: Any) -> str:
+    return "mapping" if isinstance(value, dict | BaseModel) else "number"
 
 
 class RunConfig(Section):
@@ -92,7 +105,15 @@ class RunConfig(Section):
         "chunked where the model allows.",
         mathematics=True,
     )
-    replicas: int = key(2, "Copies of the model that work on the run.", mathematics=False, ge=1)
+    replicas: Annotated[
+        Annotated[int, Tag("number"), Field(ge=1)] | Annotated[ReplicaRange, Tag("mapping")],
+        Discriminator(_replicas_tag),
+    ] = key(
+        2,
+        "Copies of the model that work on the run: a number, or `{min: 1, max: 64}` for as many as the cluster offers. "
+        "`zoray scale` changes it while the run goes on.",
+        mathematics=False,
+    )
     threads_per_replica: int = key(
         1,
         "Processor threads of a replica. Another number changes the last bits of the losses, as another machine would.",
@@ -109,9 +130,30 @@ class RunConfig(Section):
     max_eval_samples: int | None = key(
         None, "Evaluate on the first so many held-out examples. Without it, on all.", mathematics=False, ge=1
     )
-    save_steps: int | None = key(None, "Save a snapshot every so many steps.", mathematics=False, ge=1)
+    save_steps: int | None = key(
+        None,
+        "Save a snapshot every so many steps. Without it, when replaying the commits since the last one would take "
+        "seconds: new replicas start from the newest.",
+        mathematics=False,
+        ge=1,
+    )
     save_total_limit: int | None = key(
-        None, "Keep the newest so many snapshots. Without it, all.", mathematics=False, ge=1
+        None,
+        "Keep the newest so many snapshots. Without it, all where `save_steps` is given, else two.",
+        mathematics=False,
+        ge=1,
+    )
+    digest_every: int | None = key(
+        None,
+        "Compare the replicas' weights every so many steps. Without it, as often as costs at most 1 % of the time.",
+        mathematics=False,
+        ge=1,
+    )
+    start_timeout: float = key(
+        120.0,
+        "Seconds to wait for machines with room for the first replicas, on a cluster that may grow.",
+        mathematics=False,
+        ge=0,
     )
     max_skipped_steps: int = key(5, "Stop after so many steps in a row without a finite loss.", mathematics=False, ge=1)
     output_dir: str = key("runs", "Folder in which the run's folder is made.", mathematics=False, min_length=1)
@@ -127,6 +169,18 @@ class RunConfig(Section):
     logging_steps: int = key(
         10, "Print a line every so many steps where there is no terminal.", mathematics=False, ge=1
     )
+
+    @property
+    def replica_limits(self) -> tuple[int, int | None, int]:
+        """Fewest replicas, most (None: no limit), and how many to begin with."""
+        if isinstance(self.replicas, ReplicaRange):
+            return self.replicas.min, self.replicas.max, self.replicas.max
+        return 1, None, self.replicas
+
+    @property
+    def snapshots_kept(self) -> int | None:
+        """How many snapshots are kept; None: all."""
+        return self.save_total_limit if self.save_total_limit or self.save_steps else 2
 
     @field_validator("trainable")
     @classmethod

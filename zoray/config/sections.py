@@ -139,6 +139,21 @@ class DirectionConfig(Section):
         return self
 
 
+class ReplicaRange(Section):
+    """`replicas: {min: 1, max: 64}`: as many as the cluster offers, between the two."""
+
+    min: int = key(1, "The run begins when so many are ready, and cannot be scaled below.", mathematics=False, ge=1)
+    max: int = key(..., "Never more than this.", mathematics=False, ge=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise fault(
+                "replicas.min", f"min ({self.min}) is above max ({self.max}).", "Give a min that is at most max."
+            )
+        return self
+
+
 class MemoryConfig(Section):
     """Where a replica keeps its weights."""
 

@@ -1,0 +1,88 @@
+"""Where everything that happens reaches the coordinator: answers, calls from other processes, looks at the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from zoray.errors import ResourceError, RunError, ZorayError
+
+Reference = Any
+"""A `ray.ObjectRef`; Ray's own type is not generic in every version we support."""
+
+Work = Callable[[], None]
+
+
+class Inbox:
+    """Work for the coordinator's thread, put there by any thread and done in order.
+
+    Ray tells of each result by a callback, so that waiting for the next of many answers costs the same as for one.
+    """
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Work] = SimpleQueue()
+
+    def put(self, work: Work) -> None:
+        """Let the coordinator's thread do something."""
+        self._queue.put(work)
+
+    def watch(self, reference: Reference, then: Callable[[Any, BaseException | None], None]) -> None:
+        """Do `then(value, None)`, or `then(None, error)`, when a result of Ray is there."""
+
+        def done(future: Any) -> None:
+            error = future.exception()
+            self.put(partial(then, None if error else future.result(), error))
+
+        reference.future().add_done_callback(done)
+
+    def turn(self, seconds: float) -> int:
+        """Wait so long for work, then do all there is; returns how much that was."""
+        count = 0
+        try:
+            work = self._queue.get(timeout=seconds)
+            while True:
+                count += 1
+                work()
+                work = self._queue.get_nowait()
+        except Empty:
+            return count
+
+
+def fault(error: BaseException, who: str) -> ZorayError:
+    """What went wrong in another process, as something the user can act on.
+
+    A `ZorayError` is what it was before Ray wrapped it; the death of a process is a `ResourceError`.
+    """
+    if isinstance(error, RayTaskError):
+        error = error.cause
+    if isinstance(error, ZorayError):
+        return error
+    if isinstance(error, RayActorError):
+        return ResourceError(
+            f"{who} died: {first_line(error)}",
+            advice="it may have run out of memory: use fewer replicas per machine or a shorter dtype",
+        )
+    return RunError(f"{who} failed: {error!r}.", advice="the traceback is in the logs of Ray (ray logs)")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of Ray, which the user can read."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def receive(reference: Reference, who: str) -> Any:
+    """Wait for a result of Ray.
+
+    Raises:
+        ZorayError: what the other process raised, or that it died.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        raise fault(error, who) from None

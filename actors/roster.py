@@ -1,0 +1,176 @@
+"""The roster: which replicas there are. The kernel of membership decides, this carries out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from actors.admission import Admission
+from actors.fleet import Fleet
+from actors.inbox import Inbox
+from actors.journal import Journal
+from actors.replica import Introduction
+from zoray.config import RunConfig
+from zoray.errors import ResourceError, ZorayError
+from zoray.protocol import Event, RemoveReplica, ReplicaReady
+from zoray.protocol.machines import NodeView, Policy
+from zoray.protocol.membership import (
+    Abandon,
+    Announce,
+    GiveUp,
+    Launch,
+    Leave,
+    MembershipEvent,
+    NodesSeen,
+    Note,
+    ReplicaGone,
+    ReplicaJoined,
+    ScaleRequested,
+    SlotPhase,
+    check_target,
+    initial_membership,
+    rebalance,
+)
+from zoray.runs import RunFolder
+
+_TICK = 0.1
+_VIEW_LAG = 2.0
+_SETTLED = 10.0
+"""Seconds of work after which the death of a replica is an accident, and no sign that it cannot work at all."""
+_PATIENCE = 15.0
+"""Seconds the first replicas wait for others that were started with them."""
+
+
+class Roster:
+    """The replicas of a run, from their start to their end.
+
+    Args:
+        config, folder, inbox, journal: of the run.
+        embedded: Ray runs on this machine for this run alone.
+        welcome: see `Admission`.
+        tell: is told what the other kernel has to know.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        inbox: Inbox,
+        journal: Journal,
+        embedded: bool,
+        welcome: Callable[[str, Introduction], None],
+        tell: Callable[[Event], None],
+    ) -> None:
+        self.fleet = Fleet(config, folder.snapshots, embedded)
+        self.admission = Admission(
+            self.fleet,
+            inbox,
+            journal,
+            folder.snapshots,
+            welcome=welcome,
+            ready=self._ready,
+            failed=self._failed,
+        )
+        minimum, maximum, wanted = config.replica_limits
+        if embedded and maximum is not None:
+            wanted = max(minimum, min(maximum, (os.cpu_count() or 1) // config.threads_per_replica))
+        # Where there is only one machine, there is no other to prefer.
+        avoided = {"node_strikes": 1 << 30} if embedded else {}
+        self.members = initial_membership(Policy(minimum, maximum, settled_after=_SETTLED, **avoided), wanted)
+        self.hopeless: str | None = None
+        self._patience = 0.0 if embedded else config.start_timeout
+        self._inbox, self._journal, self._tell = inbox, journal, tell
+
+    def gather(self) -> None:
+        """Wait for the first replicas: for the run's minimum, and not long for others that are starting with them.
+
+        Raises:
+            ResourceError: no machine has room, or replicas die again and again while they start.
+            ZorayError: what a replica found wrong with the model, the data or the configuration.
+        """
+        started, enough = time.monotonic(), None
+        self._rebalance(NodesSeen(self.fleet.machines()))
+        self.fleet.watch(self._look)
+        while True:
+            starting, active, now = self.count(SlotPhase.STARTING), self.count(SlotPhase.ACTIVE), time.monotonic()
+            if self.hopeless is not None:
+                raise ResourceError(self.hopeless, where=str(self._journal.folder.log))
+            if active >= self.members.policy.minimum:
+                enough = enough or now
+                if not starting or now - enough > _PATIENCE:
+                    return
+            elif not starting and now - started > self._patience and now >= self.members.retry_at:
+                raise self.fleet.shortage()
+            self._inbox.turn(_TICK)
+
+    def count(self, phase: SlotPhase) -> int:
+        """Replicas in a phase."""
+        return sum(slot.phase is phase for slot in self.members.slots.values())
+
+    def scale(self, target: int) -> None:
+        """Change how many replicas there should be; may be called from any thread.
+
+        Raises:
+            ConfigError: the number is below the run's minimum or above its maximum.
+        """
+        check_target(self.members.policy, target)
+        self._inbox.put(partial(self._rebalance, ScaleRequested(target)))
+
+    def gone(self, name: str, reason: str, fault: bool) -> None:
+        """End a replica's process, if it has not ended; a fault counts against its machine."""
+        self.fleet.end(name)
+        self._rebalance(ReplicaGone(name, reason, fault))
+
+    def restart_newcomers(self, reason: str) -> None:
+        """Begin anew with the replicas that are not ready yet."""
+        for name, slot in list(self.members.slots.items()):
+            if slot.phase is SlotPhase.STARTING:
+                self.gone(name, reason, fault=False)
+
+    def close(self) -> None:
+        """End every replica, and ask the cluster for nothing more."""
+        self.fleet.close()
+        self.fleet.announce(0)
+
+    def _look(self, machines: tuple[NodeView, ...]) -> None:
+        # What was started a moment ago may not be in Ray's view of a machine's free resources yet.
+        seen = NodesSeen(machines, time.monotonic() - _VIEW_LAG)
+        self._inbox.put(partial(self._rebalance, seen))
+
+    def _rebalance(self, event: MembershipEvent) -> None:
+        self.members, actions = rebalance(self.members, event, time.monotonic())
+        for action in actions:
+            self._carry_out(action)
+
+    def _carry_out(self, action: Any) -> None:
+        match action:
+            case Launch(name, node):
+                self.fleet.start(name, node)
+                self.admission.begin(name)
+            case Leave(name):
+                self._tell(RemoveReplica(name))
+            case Abandon(name):
+                self.fleet.end(name)
+                # Later: this is in the middle of another change of the members.
+                self._inbox.put(partial(self._rebalance, ReplicaGone(name, "it is not needed any more", False)))
+            case Announce(count):
+                self.fleet.announce(count)
+            case Note(text):
+                self._journal.say(text)
+            case GiveUp(text):
+                self.hopeless = text
+
+    def _ready(self, name: str, step: int) -> None:
+        self._journal.say(f"replica {name} joins with the weights of step {step}")
+        self._tell(ReplicaReady(name, step))
+        self._rebalance(ReplicaJoined(name))
+
+    def _failed(self, name: str, error: ZorayError) -> None:
+        """A replica could not join. What is wrong with the run itself ends it, as long as no replica belongs to it."""
+        if self.admission.ledger is None and not isinstance(error, ResourceError):
+            raise error
+        self._journal.warn(f"replica {name} cannot join: {error.what}")
+        self.gone(name, error.what, fault=True)

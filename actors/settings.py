@@ -1,0 +1,39 @@
+"""From a run's configuration to what the kernel needs of it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from zoray.config import RunConfig
+from zoray.protocol import Settings
+from zoray.schedule import learning_rate
+
+_SNAPSHOT_AFTER = 5.0
+"""Seconds of replay after which a snapshot is due, unless `save_steps` says otherwise."""
+
+
+def settings(config: RunConfig, eval_shards: int) -> Settings:
+    """What the kernel needs of a configuration."""
+    rate = partial(
+        learning_rate,
+        learning_rate=config.learning_rate,
+        max_steps=config.max_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        warmup_ratio=config.warmup_ratio,
+    )
+    return Settings(
+        max_steps=config.max_steps,
+        directions=config.directions,
+        learning_rate=rate,
+        microbatches=config.microbatches,
+        weight_decay=config.weight_decay,
+        max_projected_gradient=config.max_projected_gradient,
+        eval_steps=config.eval_steps,
+        eval_shards=eval_shards,
+        eval_on_start=config.eval_on_start,
+        save_steps=config.save_steps,
+        snapshot_after=_SNAPSHOT_AFTER,
+        digest_every=config.digest_every,
+        max_skipped_steps=config.max_skipped_steps,
+    )

@@ -1,0 +1,210 @@
+"""Runs in progress, from another process: find one, look at it, scale it, stop it.
+
+The Python API of an elastic run::
+
+    with control.attach("sst2-7f3a") as run:
+        run.scale(12)
+        print(run.status().progress.step)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoray.errors import ResourceError, RunError
+from zoray.runs import RunFolder
+
+if TYPE_CHECKING:
+    from actors.status import RunStatus
+
+IN_PROGRESS = ("starting", "running")
+"""What the state file of a run says while a coordinator has it, or had it when it was killed."""
+
+
+class Run:
+    """A run in progress; made by `attach`.
+
+    Attributes:
+        name: of the run.
+    """
+
+    def __init__(self, name: str, coordinator: Any) -> None:
+        self.name, self._coordinator = name, coordinator
+
+    def status(self) -> RunStatus:
+        """Where the run is, and its replicas.
+
+        Raises:
+            ZorayError: the coordinator died.
+        """
+        return self._ask("status")  # type: ignore[no-any-return]
+
+    def scale(self, replicas: int) -> RunStatus:
+        """Change how many replicas there should be. The run goes on meanwhile, and its result does not change.
+
+        Raises:
+            ConfigError: fewer than the run's minimum or more than its maximum.
+        """
+        return self._ask("scale", replicas)  # type: ignore[no-any-return]
+
+    def stop(self) -> None:
+        """End the run at the next step boundary; it can be resumed. Asked twice, it ends without comparing digests."""
+        self._ask("stop")
+
+    def _ask(self, method: str, *arguments: object) -> Any:
+        from actors.inbox import receive
+
+        return receive(getattr(self._coordinator, method).remote(*arguments), f"the coordinator of {self.name}")
+
+
+@contextmanager
+def attach(run: str, output_dir: str = "runs", address: str | None = None) -> Iterator[Run]:
+    """Connect to a run in progress.
+
+    Args:
+        run: its name, or the path of its folder.
+        output_dir: folder the runs are in.
+        address: of Ray, if the run's folder is not here to tell (also `RAY_ADDRESS`).
+
+    Raises:
+        RunError: there is no such run in progress; the error lists those there are.
+        ResourceError: its cluster cannot be reached.
+    """
+    folder = _folder(run, output_dir)
+    name = folder.name if folder else Path(run).name
+    if folder is not None and not address:
+        state = folder.read_state()
+        if state.get("state") not in IN_PROGRESS:
+            raise _not_running(name, f"it has ended: {state.get('text', 'nothing is known of its end')}", output_dir)
+        address = state["ray"]
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        RunFolder.find(run, output_dir)
+    with _cluster(str(address), name):
+        import ray
+
+        from actors.coordinator import actor_name
+
+        try:
+            coordinator = ray.get_actor(actor_name(name))
+        except ValueError:
+            raise _not_running(name, "no coordinator of it is on the cluster", output_dir) from None
+        yield Run(name, coordinator)
+
+
+def running(address: str) -> dict[str, RunStatus]:
+    """The runs in progress on a cluster, by name.
+
+    Raises:
+        ResourceError: it cannot be reached.
+    """
+    with _cluster(address, "runs"):
+        import ray
+        from ray.util import list_named_actors
+
+        from actors.coordinator import actor_name
+        from launch.cluster import NAMESPACE
+
+        names = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+        prefix = actor_name("")
+        found = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        return {name: Run(name, ray.get_actor(actor_name(name))).status() for name in sorted(found)}
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A run whose folder is here.
+
+    Attributes:
+        name, path: of the run.
+        state: "starting", "running", how it ended, or "lost" (its coordinator is gone without a word).
+        step, max_steps: committed steps, of so many; None where it cannot be read.
+        loss: of the last step recorded.
+        text: how it ended.
+    """
+
+    name: str
+    path: str
+    state: str
+    step: int | None
+    max_steps: int | None
+    loss: float | None
+    text: str | None
+
+
+def known(folder: RunFolder) -> Known:
+    """What the folder of a run tells, whoever runs it."""
+    from actors.lock import held_by
+    from zoray.errors import ZorayError
+
+    said = folder.read_state()
+    state = str(said.get("state", "unknown"))
+    if state in IN_PROGRESS and held_by(folder.path) is None:
+        state = "lost"
+    rows = list(folder.rows("steps"))
+    try:
+        max_steps: int | None = folder.config().max_steps
+    except ZorayError:
+        max_steps = None
+    last = rows[-1] if rows else {}
+    step = said["step"] if "step" in said else int(last["step"]) + 1 if last else 0
+    loss = last.get("loss")
+    return Known(folder.name, str(folder.path), state, step, max_steps, loss, said.get("text"))
+
+
+def _folder(run: str, output_dir: str) -> RunFolder | None:
+    for path in (Path(run), Path(output_dir) / run):
+        if (path / "config.yaml").is_file():
+            return RunFolder(path.absolute())
+    return None
+
+
+def _not_running(name: str, why: str, output_dir: str) -> RunError:
+    others = [folder.name for folder in RunFolder.all(output_dir) if known(folder).state in IN_PROGRESS]
+    advice = f"in progress here: {', '.join(others)}" if others else f"`zoray resume {name}` continues a run"
+    return RunError(f"The run {name} is not in progress: {why}.", where=name, advice=advice)
+
+
+@contextmanager
+def _cluster(address: str, what: str) -> Iterator[None]:
+    """Be connected to a cluster for the time of the block; a connection there is already is used and kept."""
+    import ray
+
+    from launch.cluster import NAMESPACE
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ResourceError(
+            f"The Ray cluster of {what} cannot be reached: {error}.",
+            where=address,
+            advice="its head may be gone: `zoray resume` continues the run elsewhere",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def to_json(status: RunStatus | Known) -> str:
+    """One JSON object; numbers that are not finite are null."""
+    from dataclasses import asdict
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and value - value != 0 else value
+
+    return json.dumps(clean(asdict(status)))
