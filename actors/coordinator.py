@@ -162,7 +162,7 @@ class Coordinator:
         if self.lock.lost:
             self.finish = Finish("storage", self.state.step if self.state else 0, *_OVERTAKEN)
         elif self.roster.hopeless is not None:
-            advice = f"look into {self.folder.log}, then continue with `zoray resume {self.folder.name}`"
+            advice = f"look into {self.folder.log}, then continue with `zoray resume {self.folder.path}`"
             self.finish = Finish("failed", self.state.step if self.state else 0, self.roster.hopeless, advice)
         now = time.monotonic()
         if now - self._ticked >= _TICK:
@@ -291,6 +291,7 @@ class Coordinator:
         """Write down for other processes who runs this run and where, or how it ended."""
         context = ray.get_runtime_context()
         who = {"host": socket.gethostname(), "pid": os.getpid(), "ray": context.gcs_address}
+        who["auth"] = os.environ.get("RAY_AUTH_MODE")
         at = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.folder.write_state({"state": state, "at": at, **who, **more})
 

@@ -84,6 +84,9 @@ def attach(run: str, output_dir: str = "runs", address: str | None = None) -> It
         if state.get("state") not in IN_PROGRESS:
             raise _not_running(name, f"it has ended: {state.get('text', 'nothing is known of its end')}", output_dir)
         address = state["ray"]
+        if state.get("auth"):
+            # Ray reads it when it is first imported.
+            os.environ.setdefault("RAY_AUTH_MODE", state["auth"])
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
         RunFolder.find(run, output_dir)
@@ -124,6 +127,7 @@ class Known:
 
     Attributes:
         name, path: of the run.
+        reference: what to call it by in a command.
         state: "starting", "running", how it ended, or "lost" (its coordinator is gone without a word).
         step, max_steps: committed steps, of so many; None where it cannot be read.
         loss: of the last step recorded.
@@ -132,6 +136,7 @@ class Known:
 
     name: str
     path: str
+    reference: str
     state: str
     step: int | None
     max_steps: int | None
@@ -156,7 +161,7 @@ def known(folder: RunFolder) -> Known:
     last = rows[-1] if rows else {}
     step = said["step"] if "step" in said else int(last["step"]) + 1 if last else 0
     loss = last.get("loss")
-    return Known(folder.name, str(folder.path), state, step, max_steps, loss, said.get("text"))
+    return Known(folder.name, str(folder.path), folder.reference, state, step, max_steps, loss, said.get("text"))
 
 
 def _folder(run: str, output_dir: str) -> RunFolder | None:
@@ -175,6 +180,8 @@ def _not_running(name: str, why: str, output_dir: str) -> RunError:
 @contextmanager
 def _cluster(address: str, what: str) -> Iterator[None]:
     """Be connected to a cluster for the time of the block; a connection there is already is used and kept."""
+    # Its own attempts to connect are no news; what comes of them is said below.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     from launch.cluster import NAMESPACE

@@ -36,7 +36,7 @@ class Watcher:
         self.console = Console(highlight=False, soft_wrap=True)
         self.interval = 0.25
         self._live: Live | None = None
-        self._said = 0
+        self._said = self._shown = 0
         self._next_line = 0
         self._evaluations = 0
         self._started = time.monotonic()
@@ -85,11 +85,12 @@ class Watcher:
             return
         if progress.step >= self._next_line and progress.loss is not None:
             self.console.print(line(progress), markup=False)
+            self._shown = progress.step
             self._next_line = (progress.step // self.config.logging_steps + 1) * self.config.logging_steps
 
     def end(self, progress: Progress, finish: Finish) -> None:
         """Show what came of the run, and what can be done with it now."""
-        if self._live is None:
+        if self._live is None and self._shown < progress.step:
             self._next_line = progress.step
         self.show(progress)
         if self._live is not None:
@@ -97,12 +98,14 @@ class Watcher:
         seconds = time.monotonic() - self._started
         done = progress.step - self._first_step
         self.console.print(f"{finish.text}: {done} steps in {clock(seconds)}", markup=False)
-        if progress.first is not None and progress.last is not None:
+        if progress.last is not None and progress.first is progress.last:
+            self.console.print(f"  held-out loss {evaluated(progress.last)} before the first step", markup=False)
+        elif progress.first is not None and progress.last is not None:
             self.console.print(f"  held-out loss {outcome(progress.first, progress.last)}", markup=False)
         self._say_exchange(progress)
         if finish.digest is not None:
             self.console.print(f"  digest of the weights {finish.digest:016x}, the same on every replica")
-        name = self.folder.name
+        name = self.folder.reference
         again = [] if finish.reason == "done" else [f"zoray resume {name}"]
         for command in (*again, f"zoray verify {name}", f"zoray export {name} --to DIR", f"zoray plot {name}"):
             self.console.print(f"  {command}", markup=False)
@@ -166,6 +169,8 @@ def outcome(first: Evaluation, last: Evaluation) -> str:
     """Before, after and the difference in standard errors of the evaluation."""
     error = max(first.standard_error, last.standard_error)
     fall = (first.loss - last.loss) / error if error > 0 else float("nan")
+    if fall != fall:
+        return f"{evaluated(first)} before, {evaluated(last)} after"
     way = "lower" if fall >= 0 else "higher"
     return f"{evaluated(first)} before, {evaluated(last)} after ({abs(fall):.1f} standard errors {way})"
 

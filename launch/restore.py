@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
     from zoray.replica import Replica
 
-_MOVABLE = {
-    "model": "The weights found there are compared with the ledger's.",
-    "task.train": "Replay does not need it.",
-}
-"""Keys that may have another value because a file was moved, and why that is safe here."""
-
 
 @dataclass(frozen=True, slots=True)
 class Restored:
@@ -79,9 +73,7 @@ def _compare(folder: RunFolder, config: RunConfig, ledger: Ledger) -> None:
             continue
         says = f"config.yaml says {key} = {found[key]!r}" if key in found else f"config.yaml has no {key}"
         text = f"{says}, the ledger was made with {recorded[key]!r}."
-        if key not in _MOVABLE:
-            raise LedgerError(text, where=str(folder.config_path), advice="put the old value back")
-        _warn(f"{text} {_MOVABLE[key]}")
+        raise LedgerError(text, where=str(folder.config_path), advice="put the old value back")
 
 
 def _warn(text: str) -> None:

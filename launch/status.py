@@ -102,7 +102,9 @@ def _ended(run: str, output_dir: str) -> Known | None:
 def _print_ended(told: Known) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if told.state == "lost":
-        what = f"its coordinator is gone without a word; `zoray resume {told.name}` continues with step {told.step}"
+        what = (
+            f"its coordinator is gone without a word; `zoray resume {told.reference}` continues with step {told.step}"
+        )
     else:
         what = told.text or "nothing is known of its end"
     steps = f"step {told.step}" + (f" of {told.max_steps}" if told.max_steps is not None else "")

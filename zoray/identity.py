@@ -93,9 +93,8 @@ def code_digest() -> str:
 
 
 def config_digest(config: RunConfig) -> str:
-    """Short digest (hex) of what a configuration computes, without the places of its files."""
-    keys = {key: value for key, value in mathematics(config).items() if key not in ("model", "task.train")}
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+    """Short digest (hex) of what a configuration computes."""
+    return hashlib.sha256(json.dumps(mathematics(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def ledger_header(config: RunConfig, identity: Identity, task: Task) -> dict[str, Any]:

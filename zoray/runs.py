@@ -37,6 +37,11 @@ class RunFolder:
         return self.path.name
 
     @property
+    def reference(self) -> str:
+        """What to call the run by in a command typed here: its name, or its path where the name would not be found."""
+        return self.name if self.path == Path("runs").absolute() / self.name else str(self.path)
+
+    @property
     def config_path(self) -> Path:
         """The configuration as resolved."""
         return self.path / "config.yaml"
@@ -80,7 +85,7 @@ class RunFolder:
             raise RunError(
                 f"The run {name} exists already.",
                 where=str(path),
-                advice=f"continue it with `zoray resume {name}`, or choose another run_name",
+                advice=f"continue it with `zoray resume {RunFolder(path).reference}`, or choose another run_name",
             ) from None
         except OSError as error:
             raise RunError(f"The folder of the run cannot be made: {error}.", where=str(path)) from error

@@ -241,7 +241,6 @@ def test_a_model_that_was_moved_is_taken_for_what_its_weights_are(
     edit(copied, model=str(place))
     said = zoray("verify", "tiny", *runs(copied))
     assert said.status == 0
-    assert "warning" in said.err and str(place) in said.err
     weights = place / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

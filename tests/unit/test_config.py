@@ -15,7 +15,14 @@ from pydantic import BaseModel, ValidationError
 
 from zoray.config import RunConfig, TrainableLora, changed, dump, load, mathematics, schedule_needs_max_steps
 from zoray.config.docs import markdown
-from zoray.config.sections import CausalLMTask, ClassificationTask, DirectionConfig, LoraConfig, MemoryConfig
+from zoray.config.sections import (
+    CausalLMTask,
+    ClassificationTask,
+    DirectionConfig,
+    LoraConfig,
+    MemoryConfig,
+    ReplicaRange,
+)
 from zoray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +140,7 @@ def test_unknown_key_like_no_other_lists_the_keys(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("directions=four", ["directions is 'four'", "valid integer", "without quotes"]),
+        ("directions=four", ["directions is 'four'", "valid integer", "This is text"]),
         ("directions=true", ["directions is True", "valid integer"]),
         ("directions=2.0", ["valid integer", "Write 2."]),
         ("directions=0", ["directions is 0", "greater than or equal to 1"]),
@@ -280,6 +287,7 @@ def test_what_counts_as_mathematics() -> None:
     flat = mathematics(config())
     assert flat["task.max_length"] == 128
     assert flat["direction.rank"] == 1
+    assert "model" not in flat and "task.train" not in flat
     for key in ("replicas", "threads_per_replica", "eval_steps", "task.eval", "output_dir", "memory.kind", "max_steps"):
         assert key not in flat
     assert mathematics(config(trainable={"lora": {}}))["trainable.lora.r"] == 8
@@ -314,18 +322,36 @@ def test_changed_names_only_mathematical_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "section", [RunConfig, CausalLMTask, ClassificationTask, DirectionConfig, MemoryConfig, LoraConfig, TrainableLora]
+    "section",
+    [
+        RunConfig,
+        CausalLMTask,
+        ClassificationTask,
+        DirectionConfig,
+        MemoryConfig,
+        LoraConfig,
+        TrainableLora,
+        ReplicaRange,
+    ],
 )
 def test_every_key_is_described_and_marked(section: type[BaseModel]) -> None:
     for name, field in section.model_fields.items():
         assert field.description, name
         assert isinstance(field.json_schema_extra, dict), name
-        assert isinstance(field.json_schema_extra["mathematics"], bool), name
+        assert field.json_schema_extra["mathematics"] in (True, False, "content"), name
 
 
 def test_documentation_is_up_to_date() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == markdown(), "run: python -m zoray.config.docs > docs/configuration.md"
+
+
+def test_replicas_are_a_number_or_a_range() -> None:
+    assert config(replicas=3).replica_limits == (1, None, 3)
+    assert config(replicas={"max": 64}).replica_limits == (1, 64, 64)
+    for wrong in (0, "4", {"min": 2}, {"min": 0, "max": 2}, {"min": 3, "max": 2}, {"max": 2, "maximum": 3}):
+        with pytest.raises(ValidationError):
+            config(replicas=wrong)
 
 
 def test_example_of_the_documentation_kind_is_yaml() -> None:

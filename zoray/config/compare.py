@@ -20,6 +20,9 @@ def schedule_needs_max_steps(config: RunConfig) -> bool:
 def mathematics(config: RunConfig) -> dict[str, Any]:
     """The keys that decide what is computed, flat (`task.max_length`), with JSON values.
 
+    The model and the training data are not among them: where they lie decides nothing, and what they are is compared by
+    digests (`zoray.identity`).
+
     Two runs with equal mathematics on like hardware have the same ledger. `max_steps` is among them only where the
     schedule depends on it: otherwise a longer run is the same run, continued.
     """
@@ -33,7 +36,7 @@ def mathematics(config: RunConfig) -> dict[str, Any]:
 def _flatten(section: BaseModel, prefix: str, flat: dict[str, Any]) -> None:
     for name, field in type(section).model_fields.items():
         extra = field.json_schema_extra
-        if not isinstance(extra, dict) or not extra["mathematics"]:
+        if not isinstance(extra, dict) or extra["mathematics"] is not True:
             continue
         value = getattr(section, name)
         if isinstance(value, BaseModel):

@@ -28,13 +28,16 @@ A run is one YAML file. `zoray train FILE key=value task.max_length=64` runs it 
 YAML too. Keys carry Hugging Face's names where it has one. Unknown keys are errors.
 
 A key with *yes* under "mathematics" decides what is computed: it cannot be changed when a run is resumed. The others
-say where and how, and may be changed at any time. `max_steps` counts as mathematics only with a schedule that depends
+say where and how, and may be changed at any time; the model and the training data may be moved, but not changed: their
+digests are compared. `max_steps` counts as mathematics only with a schedule that depends
 on it (linear, cosine, cosine_with_restarts, polynomial, or any with `warmup_ratio`): otherwise a run can be resumed
 with a larger one.
 
 Relative paths (`model`, `task.train`, `task.eval`) are looked up beside the file first and then in the working
 directory; those given on the command line the other way round.
 """
+
+_MATHEMATICS = {"True": "yes", "False": "no", "content": "its content"}
 
 _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("The run", "", RunConfig),
@@ -67,7 +70,7 @@ def _rows(section: type[BaseModel], prefix: str) -> Iterator[str]:
             f"`{prefix}{name}`",
             _type(properties[name]),
             default,
-            "yes" if extra["mathematics"] else "no",
+            _MATHEMATICS[str(extra["mathematics"])],
             str(field.description),
         )
         yield "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |\n"

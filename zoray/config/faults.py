@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from zoray.config.schema import RunConfig
-from zoray.config.sections import CausalLMTask, ClassificationTask, TrainableLora
+from zoray.config.sections import CausalLMTask, ClassificationTask, ReplicaRange, TrainableLora
 from zoray.config.yaml12 import Document
 from zoray.errors import ConfigError
 
@@ -103,7 +103,7 @@ def _type_advice(details: ErrorDetails) -> str | None:
     if details["type"] == "string_type" and isinstance(value, int | float):
         return f"YAML reads this as a {type(value).__name__}; put it in quotes if the text is meant."
     if details["type"] in ("int_type", "float_type", "bool_type") and isinstance(value, str):
-        return "YAML reads this as text; write it without quotes."
+        return "This is text, where a number or true or false belongs."
     if details["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         return f"Write {int(value)}."
     return None
@@ -139,6 +139,8 @@ def _section_class(model: type[BaseModel], key: str, data: Any) -> type[BaseMode
         return ClassificationTask if kind == "classification" else CausalLMTask
     if key == "trainable":
         return TrainableLora
+    if key == "replicas":
+        return ReplicaRange
     annotation = model.model_fields[key].annotation
     candidates = [annotation, *get_args(annotation)]
     return next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

@@ -36,7 +36,7 @@ class RunConfig(Section):
     """One run."""
 
     model: str = key(
-        ..., "Model to start from: a folder, or a name on the Hugging Face hub.", mathematics=True, min_length=1
+        ..., "Model to start from: a folder, or a name on the Hugging Face hub.", mathematics="content", min_length=1
     )
     dtype: Literal["float32", "bfloat16", "float16"] = key(
         "float32",

@@ -13,8 +13,11 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 
-def key(default: Any, description: str, *, mathematics: bool, **limits: Any) -> Any:
-    """A configuration key: `Field` with the two things every key must have."""
+def key(default: Any, description: str, *, mathematics: bool | Literal["content"], **limits: Any) -> Any:
+    """A configuration key: `Field` with the two things every key must have.
+
+    A file's place is not mathematics, but its content is: a digest of that is compared instead.
+    """
     return Field(default, description=description, json_schema_extra={"mathematics": mathematics}, **limits)
 
 
@@ -57,7 +60,7 @@ class CausalLMTask(Section):
     train: str = key(
         ...,
         "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names).",
-        mathematics=True,
+        mathematics="content",
         min_length=1,
     )
     eval: str | None = key(None, "Held-out data, of the same form.", mathematics=False, min_length=1)
@@ -88,7 +91,7 @@ class ClassificationTask(Section):
     train: str = key(
         ...,
         "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names).",
-        mathematics=True,
+        mathematics="content",
         min_length=1,
     )
     eval: str | None = key(None, "Held-out data, of the same form.", mathematics=False, min_length=1)

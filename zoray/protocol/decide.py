@@ -169,7 +169,7 @@ def give_up(state: State, actions: list[Action]) -> None:
         text = f"no loss was finite in the {skipped} steps from step {step - skipped} on"
         advice = (
             "the run has diverged: lower learning_rate or set max_projected_gradient in a new run; "
-            f"`zoray export --step {step - skipped}` gives the weights before"
+            f"`zoray export --step {step - skipped - 1}` gives the last weights that had a finite loss"
         )
     actions.append(Finish("numerics", step, text, advice))
 
