@@ -40,6 +40,8 @@ _TICK = 0.1
 _VIEW_LAG = 2.0
 _SETTLED = 10.0
 """Seconds of work after which the death of a replica is an accident, and no sign that it cannot work at all."""
+_ATTEMPTS = 10
+"""Failures in a row, with no replica left, after which a run ends: about three minutes of trying."""
 _PATIENCE = 15.0
 """Seconds the first replicas wait for others that were started with them."""
 
@@ -79,7 +81,8 @@ class Roster:
             wanted = max(minimum, min(maximum, (os.cpu_count() or 1) // config.threads_per_replica))
         # Where there is only one machine, there is no other to prefer.
         avoided = {"node_strikes": 1 << 30} if embedded else {}
-        self.members = initial_membership(Policy(minimum, maximum, settled_after=_SETTLED, **avoided), wanted)
+        policy = Policy(minimum, maximum, settled_after=_SETTLED, hopeless_after=_ATTEMPTS, **avoided)
+        self.members = initial_membership(policy, wanted)
         self.hopeless: str | None = None
         self._patience = 0.0 if embedded else config.start_timeout
         self._inbox, self._journal, self._tell = inbox, journal, tell

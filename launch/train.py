@@ -77,7 +77,7 @@ def _follow(folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: b
 
         from actors.inbox import receive
 
-        coordinator = _start(folder, config, place)
+        coordinator = start_coordinator(folder, config, place)
         prepared = receive(coordinator.prepare.remote(resume, break_lock), "the coordinator")
         if resume:
             folder.write_config(config)
@@ -92,7 +92,7 @@ def _follow(folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: b
     _conclude(finish, folder)
 
 
-def _start(folder: RunFolder, config: RunConfig, place: Place) -> Any:
+def start_coordinator(folder: RunFolder, config: RunConfig, place: Place) -> Any:
     """The run's coordinator, as an actor on the head, under a name by which other processes find it.
 
     Raises:
@@ -110,14 +110,32 @@ def _start(folder: RunFolder, config: RunConfig, place: Place) -> Any:
     }
     # Ray makes methods remote at run time, behind the back of any type checker.
     remote: Any = ray.remote(Coordinator)
+    _forget_dead(options["name"])
     try:
         return remote.options(**options).remote(config, str(folder.path), place.embedded)
     except ValueError as error:
         raise RunError(
             f"The run {folder.name} is running on this cluster already.",
             where=place.words,
-            advice=f"look at it with `zoray status {folder.name}`, or end it with `zoray stop {folder.name}`",
+            advice=f"look at it with `zoray status {folder.reference}`, or end it with `zoray stop {folder.reference}`",
         ) from error
+
+
+def _forget_dead(name: str) -> None:
+    """Free the name of an actor whose process is dead: Ray keeps it as long as somebody has a handle."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    try:
+        old: Any = ray.get_actor(name)
+    except ValueError:
+        return
+    try:
+        ray.get(old.progress.remote(), timeout=10)
+    except GetTimeoutError:
+        return
+    except RayActorError:
+        ray.kill(old)
 
 
 def _conclude(finish: Any, folder: RunFolder) -> None:

@@ -40,7 +40,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     folder = RunFolder.create(config(tmp_path, run_name="a", seed=1), "x")
     with pytest.raises(RunError, match="The run a exists already") as caught:
         RunFolder.create(config(tmp_path, run_name="a", seed=2), "x")
-    assert f"zoray resume {tmp_path / 'runs' / 'a'}`" in str(caught.value.advice)
+    assert f"zoray resume {tmp_path / 'a'}`" in str(caught.value.advice)
     assert folder.config().seed == 1
 
 
