@@ -28,10 +28,11 @@ quickstart: .venv/.stamp ## fine-tune a real model on real text, about three min
 	$(BIN)/python -m launch.quickstart
 
 test: .venv/.stamp ## unit, simulation, integration and cluster tests
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(TESTS)
+	$(BIN)/python -m pytest -m "not gpu" $(TESTS)
 
-soak: .venv/.stamp ## the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(TESTS)
+soak: .venv/.stamp ## what takes longer: 20,000 simulated schedules, then half an hour of kills on a real Ray
+	ZORAY_SCHEDULES=20000 $(BIN)/python -m pytest --timeout 3600 tests/simulation
+	$(BIN)/python -m benchmarks.soak
 
 gpu: .venv/.stamp ## the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu --timeout 3600 $(TESTS)

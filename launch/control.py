@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,10 @@ def attach(run: str, output_dir: str = "runs", address: str | None = None) -> It
     folder = _folder(run, output_dir)
     name = folder.name if folder else Path(run).name
     if folder is not None and not address:
+        told = known(folder)
+        if told.state not in IN_PROGRESS:
+            raise _not_running(name, told.words, output_dir, told)
         state = folder.read_state()
-        if state.get("state") not in IN_PROGRESS:
-            raise _not_running(name, f"it has ended: {state.get('text', 'nothing is known of its end')}", output_dir)
         address = state["ray"]
         if state.get("auth"):
             # Ray reads it when it is first imported.
@@ -98,7 +100,8 @@ def attach(run: str, output_dir: str = "runs", address: str | None = None) -> It
         try:
             coordinator = ray.get_actor(actor_name(name))
         except ValueError:
-            raise _not_running(name, "no coordinator of it is on the cluster", output_dir) from None
+            why = f"no coordinator of it is on the cluster at {address}"
+            raise _not_running(name, why, output_dir, known(folder) if folder else None, _names()) from None
         yield Run(name, coordinator)
 
 
@@ -110,15 +113,22 @@ def running(address: str) -> dict[str, RunStatus]:
     """
     with _cluster(address, "runs"):
         import ray
-        from ray.util import list_named_actors
 
         from actors.coordinator import actor_name
-        from launch.cluster import NAMESPACE
 
-        names = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
-        prefix = actor_name("")
-        found = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        return {name: Run(name, ray.get_actor(actor_name(name))).status() for name in sorted(found)}
+        return {name: Run(name, ray.get_actor(actor_name(name))).status() for name in _names()}
+
+
+def _names() -> list[str]:
+    """The runs that have a coordinator on the cluster we are connected to."""
+    from ray.util import list_named_actors
+
+    from actors.coordinator import actor_name
+    from launch.cluster import NAMESPACE
+
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+    prefix = actor_name("")
+    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +152,13 @@ class Known:
     max_steps: int | None
     loss: float | None
     text: str | None
+
+    @property
+    def words(self) -> str:
+        """What became of it, for a person."""
+        if self.state == "lost":
+            return "its coordinator is gone without a word"
+        return f"it has ended: {self.text}" if self.text else "nothing is known of its end"
 
 
 def known(folder: RunFolder) -> Known:
@@ -171,17 +188,21 @@ def _folder(run: str, output_dir: str) -> RunFolder | None:
     return None
 
 
-def _not_running(name: str, why: str, output_dir: str) -> RunError:
-    others = [folder.name for folder in RunFolder.all(output_dir) if known(folder).state in IN_PROGRESS]
-    advice = f"in progress here: {', '.join(others)}" if others else f"`zoray resume {name}` continues a run"
+def _not_running(name: str, why: str, output_dir: str, told: Known | None, there: Iterable[str] = ()) -> RunError:
+    """That a run cannot be looked at or changed; `there` are runs in progress whose folders need not be here."""
+    here = RunFolder.all(output_dir)
+    others = sorted({*there, *(run.name for run in here if known(run).state in IN_PROGRESS)} - {name})
+    advice = f"in progress: {', '.join(others)}" if others else "no run is in progress"
+    if told is not None and told.state != "done":
+        advice = f"`zoray resume {told.reference}` continues it; {advice}"
+    elif told is None and here:
+        advice += f"; all runs here: {', '.join(run.name for run in here)}"
     return RunError(f"The run {name} is not in progress: {why}.", where=name, advice=advice)
 
 
 @contextmanager
 def _cluster(address: str, what: str) -> Iterator[None]:
     """Be connected to a cluster for the time of the block; a connection there is already is used and kept."""
-    # Its own attempts to connect are no news; what comes of them is said below.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     from launch.cluster import NAMESPACE
@@ -190,6 +211,7 @@ def _cluster(address: str, what: str) -> Iterator[None]:
         yield
         return
     try:
+        _knock(address)
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ResourceError(
@@ -201,6 +223,17 @@ def _cluster(address: str, what: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """See that someone listens at host:port; Ray itself would try for many minutes before it says that nobody does.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
 
 
 def to_json(status: RunStatus | Known) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-from zoray.config import RunConfig
+from zoray.config import CausalLMTask, ClassificationTask, RunConfig
 from zoray.errors import ResourceError
+
+if TYPE_CHECKING:
+    from zoray.tasks.source import CellKind
 
 _PROCESS_BYTES = 400 << 20
 """What a replica's process takes beside the weights: the libraries, mostly."""
@@ -18,19 +23,50 @@ _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_paths(config: RunConfig) -> None:
-    """Look for the model and the data.
+    """Look for the model and the data, and read the first rows.
 
     Raises:
         ModelError: there is no such model.
-        DataError: there is no such file.
+        DataError: there is no such file, it is empty, or its first rows have not what the task needs.
     """
     from zoray.models.source import find
-    from zoray.tasks.source import find_files
+    from zoray.tasks.base import require_examples
+    from zoray.tasks.source import find_files, read_rows
 
     find(config)
     for path in (config.task.train, config.task.eval):
         if path is not None:
-            find_files(path)
+            first = next(read_rows(find_files(path), _columns(config.task)), None)
+            require_examples(0 if first is None else 1, path)
+
+
+def _columns(task: CausalLMTask | ClassificationTask) -> dict[str, CellKind]:
+    """What the task reads of each row."""
+    if isinstance(task, ClassificationTask):
+        pair: dict[str, CellKind] = {task.text_pair_column: "text"} if task.text_pair_column else {}
+        return {task.text_column: "text", **pair, task.label_column: "label"}
+    prompt: dict[str, CellKind] = {task.prompt_column: "text"} if task.prompt_column else {}
+    return {**prompt, task.text_column: "text"}
+
+
+def check_port(config: RunConfig) -> None:
+    """Refuse a port for metrics that is taken, where the coordinator will run on this machine.
+
+    Raises:
+        ResourceError: another process listens on it.
+    """
+    if os.environ.get("RAY_ADDRESS") or not config.metrics_port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", config.metrics_port))
+        except OSError as error:
+            raise ResourceError(
+                f"Port {config.metrics_port} is already in use.",
+                where="metrics_port",
+                advice="choose another port, or 0 for any free one",
+            ) from error
 
 
 def check_memory(config: RunConfig) -> None:

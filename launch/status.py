@@ -67,7 +67,8 @@ def scale(run: str, replicas: int, output_dir: str, address: str | None) -> None
     with attach(run, output_dir, address) as live:
         before = live.scale(replicas)
     have = sum(replica.state == "active" for replica in before.replicas)
-    text = f"{live.name}: {replicas} replicas wanted instead of {before.target}; {have} are at work"
+    change = "as before" if replicas == before.target else f"instead of {before.target}"
+    text = f"{live.name}: {replicas} {'replica' if replicas == 1 else 'replicas'} wanted, {change}; {have} at work"
     Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
@@ -101,12 +102,9 @@ def _ended(run: str, output_dir: str) -> Known | None:
 
 def _print_ended(told: Known) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    what = told.text or told.words
     if told.state == "lost":
-        what = (
-            f"its coordinator is gone without a word; `zoray resume {told.reference}` continues with step {told.step}"
-        )
-    else:
-        what = told.text or "nothing is known of its end"
+        what += f"; `zoray resume {told.reference}` continues with step {told.step}"
     steps = f"step {told.step}" + (f" of {told.max_steps}" if told.max_steps is not None else "")
     console.print(f"{told.name}: {told.state}, {steps}: {what}", markup=False)
     console.print(f"  folder {told.path}", markup=False)

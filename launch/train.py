@@ -11,11 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from actors.lock import RunLock
 from launch.cluster import Place, connect
-from launch.preflight import check_memory, check_paths
+from launch.preflight import check_memory, check_paths, check_port
 from launch.progress import Watcher
 from zoray.config import RunConfig, changed, load
-from zoray.errors import LedgerError, NumericsError, RunError, ZorayError
+from zoray.errors import LedgerError, NumericsError, ResourceError, RunError, ZorayError
 from zoray.runs import RunFolder
 
 STOPPED = 130
@@ -30,6 +31,7 @@ def train(config_path: str, overrides: list[str]) -> None:
         SystemExit: it was stopped at a step boundary.
     """
     config = load(config_path, overrides)
+    check_port(config)
     check_paths(config)
     check_memory(config)
     folder = RunFolder.create(config, Path(config_path).stem)
@@ -64,6 +66,10 @@ def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock:
             where=str(folder.path),
             advice="start it anew with `zoray train`",
         )
+    if not break_lock:
+        # To refuse a run that goes on before anything is started for it; the coordinator's own lock is what counts.
+        RunLock(folder.path).acquire().release()
+    check_port(config)
     check_memory(config)
     _follow(folder, config, resume=True, break_lock=break_lock)
 
@@ -75,21 +81,42 @@ def _follow(folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: b
         place = connect(config)
         import ray
 
-        from actors.inbox import receive
-
         coordinator = start_coordinator(folder, config, place)
-        prepared = receive(coordinator.prepare.remote(resume, break_lock), "the coordinator")
+        prepared = _receive(coordinator.prepare.remote(resume, break_lock), folder)
         if resume:
             folder.write_config(config)
     watcher.begin(prepared, place)
     running = coordinator.run.remote()
     with _interrupts(lambda: coordinator.stop.remote()) as interrupted:
         while not ray.wait([running], timeout=watcher.interval)[0]:
-            watcher.show(receive(coordinator.progress.remote(), "the coordinator"), stopping=interrupted.is_set())
-    finish = receive(running, "the coordinator")
-    watcher.end(receive(coordinator.progress.remote(), "the coordinator"), finish)
+            watcher.show(_receive(coordinator.progress.remote(), folder), stopping=interrupted.is_set())
+    finish = _receive(running, folder)
+    watcher.end(_receive(coordinator.progress.remote(), folder), finish)
     ray.shutdown()
     _conclude(finish, folder)
+
+
+def _receive(reference: Any, folder: RunFolder) -> Any:
+    """Wait for an answer of the coordinator; if it died, say how the run goes on.
+
+    Raises:
+        ZorayError: what the coordinator raised, or that it died.
+    """
+    import ray
+    from ray.exceptions import RayActorError, RayError
+
+    from actors.inbox import fault, first_line
+
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        if not isinstance(error, RayActorError) or not (folder.ledger / "commits.bin").exists():
+            raise fault(error, "the coordinator") from None
+        raise ResourceError(
+            f"The coordinator of {folder.name} died: {first_line(error)}",
+            where=str(folder.log),
+            advice=f"nothing that was committed is lost: continue with `zoray resume {folder.reference}`",
+        ) from None
 
 
 def start_coordinator(folder: RunFolder, config: RunConfig, place: Place) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launch.preflight import check_memory, check_paths, count_weights
+from launch.preflight import check_memory, check_paths, check_port, count_weights
 from zoray.config import RunConfig
 from zoray.errors import DataError, ModelError, ResourceError
 
@@ -88,3 +89,38 @@ def test_missing_files(tmp_path: Path, tiny_model: Any) -> None:
     assert caught.value.where == str(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match="no such file"):
         check_paths(config(model, data, task={"eval": str(tmp_path / "eval.jsonl")}))
+
+
+def data(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_first_rows_are_read_before_anything_starts(tmp_path: Path, tiny_model: Any) -> None:
+    model = tiny_model("gpt2", tmp_path)
+    good = data(tmp_path / "good.jsonl", {"text": "a", "label": 1})
+    check_paths(config(model, good, task={"eval": str(good)}))
+    for rows, words in (([], "empty"), ([{"body": "a"}], "text"), ([{"text": None}], "text"), ([{"text": 3}], "text")):
+        with pytest.raises(DataError, match=words):
+            check_paths(config(model, data(tmp_path / "bad.jsonl", *rows)))
+        with pytest.raises(DataError, match=words):
+            check_paths(config(model, good, task={"eval": str(tmp_path / "bad.jsonl")}))
+    task = {"kind": "classification", "label_column": "stars"}
+    with pytest.raises(DataError, match="stars"):
+        check_paths(config(model, good, task=task))
+
+
+def test_a_taken_port_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"Port {port} is already in use"):
+            check_port(config("m", metrics_port=port))
+        # There the port is another machine's affair.
+        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+        check_port(config("m", metrics_port=port))
+    monkeypatch.delenv("RAY_ADDRESS")
+    check_port(config("m", metrics_port=port))
+    check_port(config("m", metrics_port=0))
