@@ -11,21 +11,20 @@ time, with `repair=False`.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import struct
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoray.commits import HASH_SIZE, HEADER_SIZE, Commit, check_hash, read_header
 from zoray.errors import LedgerError
+from zoray.files import Files, opened, write_all
 
 MAGIC = b"ZORAYLG1"
 
@@ -34,20 +33,6 @@ _HEAD = struct.Struct("<Q32s32s")
 _RESTORE = "restore the file from a copy; the records before this byte are intact"
 _DISK = "check the path, its permissions and the free space; what was committed before is intact"
 _SWAPPED = "bring back the file of records that belongs here, or delete this one to go on with what there is"
-
-
-@dataclass(frozen=True)
-class Files:
-    """The system calls of a ledger: tests put others in their place, that fail, write less or stop between any two."""
-
-    open: Callable[[Path, int], int] = lambda path, flags: os.open(path, flags, 0o644)
-    size: Callable[[int], int] = lambda fd: os.fstat(fd).st_size
-    read: Callable[[int, int, int], bytes] = os.pread
-    write: Callable[[int, bytes, int], int] = os.pwrite
-    truncate: Callable[[int, int], None] = os.ftruncate
-    fsync: Callable[[int], None] = os.fsync
-    rename: Callable[[Path, Path], None] = os.replace
-    close: Callable[[int], None] = os.close
 
 
 class Ledger:
@@ -100,8 +85,8 @@ class Ledger:
         with _reported("cannot create the ledger", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             for name, content in (("commits.tmp", data + genesis), ("head", _encode_head(0, genesis, genesis))):
-                with _opened(files, path.with_name(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
-                    _write_all(files, fd, content, 0)
+                with opened(files, path.with_name(name), os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
+                    write_all(files, fd, content, 0)
                     files.fsync(fd)
             files.rename(path.with_name("commits.tmp"), path)
         return cls(path.parent, writable=True, files=files)
@@ -135,7 +120,7 @@ class Ledger:
         check_hash(record, self.head)
         with self._changing(f"step {commit.step} is not committed"):
             try:
-                _write_all(self._files, self._fd, record, end)
+                write_all(self._files, self._fd, record, end)
                 self._files.fsync(self._fd)
             except OSError:
                 # A tail that cannot be cut off now is refused by the next append and seen by the next open.
@@ -283,11 +268,11 @@ class Ledger:
         self._write_head(self.next_step, self.head)
         self._files.fsync(self._head_fd)
         for directory in (self.path.parent, self.path.parent.parent):
-            with _opened(self._files, directory, os.O_RDONLY) as fd:
+            with opened(self._files, directory, os.O_RDONLY) as fd:
                 self._files.fsync(fd)
 
     def _write_head(self, count: int, last: bytes) -> None:
-        _write_all(self._files, self._head_fd, _encode_head(count, self.genesis, last), 0)
+        write_all(self._files, self._head_fd, _encode_head(count, self.genesis, last), 0)
 
     def _read(self, count: int, offset: int) -> bytes:
         data = b""
@@ -309,23 +294,6 @@ def _reported(what: str, where: object) -> Iterator[None]:
         raise LedgerError(error.what, where=error.where or str(where), advice=error.advice or _RESTORE) from error
 
 
-@contextmanager
-def _opened(files: Files, path: Path, flags: int) -> Iterator[int]:
-    fd = files.open(path, flags)
-    try:
-        yield fd
-    finally:
-        files.close(fd)
-
-
-def _write_all(files: Files, fd: int, data: bytes, offset: int) -> None:
-    while data:
-        written = files.write(fd, data, offset)
-        if written <= 0:
-            raise OSError(errno.EIO, "the disk took none of the bytes")
-        data, offset = data[written:], offset + written
-
-
 def _encode_head(count: int, genesis: bytes, last: bytes) -> bytes:
     body = _HEAD.pack(count, genesis, last)
     return body + zlib.crc32(body).to_bytes(4, "little")
@@ -333,7 +301,7 @@ def _encode_head(count: int, genesis: bytes, last: bytes) -> bytes:
 
 def _read_head(files: Files, path: Path) -> tuple[int, bytes, bytes] | None:
     try:
-        with _opened(files, path, os.O_RDONLY) as fd:
+        with opened(files, path, os.O_RDONLY) as fd:
             data = files.read(fd, _HEAD.size + 5, 0)
     except FileNotFoundError:
         return None

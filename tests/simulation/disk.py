@@ -9,7 +9,8 @@ import random
 import tempfile
 from pathlib import Path
 
-from zoray.ledger import Files, Ledger
+from zoray.files import Files
+from zoray.ledger import Ledger
 
 FOLDER = Path("simulated-run")
 

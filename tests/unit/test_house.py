@@ -19,7 +19,7 @@ PACKAGES = ("zoray", "actors", "launch")
 """A package may import itself and those before it."""
 
 LAYERS = (
-    {"errors"},
+    {"errors", "files"},
     {"schedule", "commits", "layout", "digest", "product", "rounding"},
     {"config"},
     {"directions"},
@@ -39,7 +39,7 @@ LAYERS = (
 """The core from the bottom up, by the first name below `zoray`; a module may import itself and the layers below it."""
 
 FOREIGN_TO_CORE = ("ray", "deepspeed", "prometheus_client")
-LIGHT = ("errors", "schedule", "commits", "config", "ledger", "aggregate", "protocol")
+LIGHT = ("errors", "files", "schedule", "commits", "config", "ledger", "aggregate", "protocol")
 """What the command line and the coordinator load: never torch or transformers, which take seconds."""
 
 

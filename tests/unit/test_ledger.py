@@ -17,7 +17,8 @@ import pytest
 
 from zoray.commits import Commit, seal
 from zoray.errors import LedgerError
-from zoray.ledger import Files, Ledger
+from zoray.files import Files
+from zoray.ledger import Ledger
 
 HEADER = {"model": "tiny", "seed": 0, "learning_rate": 1e-6}
 UNSYNCED = Files(fsync=lambda fd: None)  # a fuzz of thousands of files need not wait for the disk
