@@ -15,9 +15,10 @@ import pytest
 from tests.simulation.chaos import NEVER, Chaos, InvariantError
 from tests.simulation.model import Problem
 from tests.simulation.simulator import Simulation
+from zoray.protocol import Settings
 
 BLOCK = 125
-SCHEDULES = int(os.environ.get("ZORAY_SCHEDULES", "1000"))
+SCHEDULES = int(os.environ.get("ZORAY_SCHEDULES", "2000"))
 SEEDS = [int(os.environ["ZORAY_SEED"])] if "ZORAY_SEED" in os.environ else range(SCHEDULES)
 
 
@@ -116,3 +117,28 @@ def test_flipped_weights_change_the_run_if_it_does_not_go_back(monkeypatch: pyte
     monkeypatch.setattr("zoray.protocol.decide._rewind", lambda *_: None)
     with pytest.raises(InvariantError, match="differs"):
         Simulation(0, change=seldom, flips={"r2": 2}).run()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_machine_five_times_slower_costs_no_more_than_its_share_of_the_tail(seed: int) -> None:
+    """Sixteen probes pulled by three replicas and one that takes five times as long.
+
+    Divided evenly each would get four, and the slow one would need the time of twenty. Pulled, the work is done at the
+    rate of 3.2 replicas; what remains is the last probe of the slow one, until it is late and given to another as well.
+    """
+    settings = Settings(
+        max_steps=20, directions=16, learning_rate=lambda step: 0.01, late_minimum=0.5, prove_newcomers=False,
+        digest_share=0.0,
+    )  # fmt: skip
+
+    def even(_: Problem, __: Chaos, ___: int) -> tuple[Problem, Chaos, int]:
+        return Problem(settings), Chaos(0.0, 0.0, 0.01, NEVER, 0.0, NEVER, 0.0, 0.0, 0.0, NEVER, NEVER, False), 4
+
+    simulation = Simulation(seed, change=even)
+    for name, replica in simulation.replicas.items():
+        replica.speed = 5.0 if name == "r3" else 1.0
+    simulation.run()
+    each, longest = simulation.now / settings.max_steps, 1.5
+    fair, late = 16 / 3.2, settings.late_factor * 1.0
+    assert each <= fair + late + longest
+    assert each < 20 / 2
