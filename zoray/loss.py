@@ -79,13 +79,19 @@ class ModelLoss:
         return frozenset(inspect.signature(_innermost(self.model).forward).parameters)
 
     @cached_property
+    def output_embedding(self) -> nn.Module | None:
+        """The module the model names as its output embedding, of whatever kind."""
+        getter = getattr(self.model, "get_output_embeddings", None)
+        module = getter() if getter is not None else None
+        return module if isinstance(module, nn.Module) else None
+
+    @cached_property
     def head(self) -> LinearLayer | None:
         """The output embedding, if it is a plain linear layer."""
-        getter = getattr(self.model, "get_output_embeddings", None)
-        head = getter() if getter is not None else None
-        if not isinstance(head, nn.Module) or type(head).forward is not nn.Linear.forward:
+        module = self.output_embedding
+        if module is None or type(module).forward is not nn.Linear.forward:
             return None
-        return LinearLayer(head, False, None, None)
+        return LinearLayer(module, False, None, None)
 
     def __call__(self, batch: Batch, active: Active | None = None, layer: LinearLayer | None = None) -> RowLosses:
         """Losses of each row.
@@ -139,7 +145,10 @@ class ModelLoss:
         if self.shifted:
             hidden, labels = hidden[:, :-1], labels[:, 1:]
         chosen = labels != IGNORED
-        flat, targets = hidden[chosen], labels[chosen]
+        weight = head.module._parameters["weight"]
+        assert weight is not None
+        # A model that widens the logits after its head widens the hidden states here; the head was given them narrow.
+        flat, targets = hidden[chosen].to(weight.dtype), labels[chosen]
         losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
         losses[chosen] = _sliced_cross_entropy(flat, targets, active, head)
         return _by_row(losses, labels)
@@ -191,6 +200,19 @@ def doubled(batch: Batch, rows: int) -> dict[str, torch.Tensor]:
     if not any(v.dim() and v.shape[0] == rows for v in batch.values()):
         raise DataError(f"No tensor of the batch has {rows} rows.", advice="put `labels` of shape (rows, ...) in it")
     return {k: torch.cat([v, v]) if v.dim() and v.shape[0] == rows else v for k, v in batch.items()}
+
+
+def resized(batch: Batch, rows: int, count: int) -> dict[str, torch.Tensor]:
+    """The batch's first `count` rows; if it has fewer, its rows again, each moved on by a place so that they differ."""
+
+    def row(tensor: torch.Tensor, index: int) -> torch.Tensor:
+        chosen = tensor[index % rows]
+        return chosen.roll(index // rows, 0) if chosen.dim() else chosen
+
+    return {
+        k: torch.stack([row(v, i) for i in range(count)]) if v.dim() and v.shape[0] == rows else v
+        for k, v in batch.items()
+    }
 
 
 def with_specs(head: LinearLayer, handler: object) -> LinearLayer:

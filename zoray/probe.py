@@ -5,6 +5,7 @@ g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)   (Spall 1992, two-sided SPS
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 from zoray.aggregate import ProbeResult
 from zoray.directions import Directions
 from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled
-from zoray.perturb import Active, Engine, Signs
+from zoray.perturb import Active, Engine, NotBatchable, Signs
 from zoray.proof import Verdict, head_layer
+
+_log = logging.getLogger(__name__)
 
 
 class Prober:
@@ -28,16 +31,24 @@ class Prober:
         self, model: torch.nn.Module, directions: Directions, verdict: Verdict, loss: LossFunction | None = None
     ) -> None:
         self.directions, self.verdict = directions, verdict
-        self.engine = Engine(model, directions.layout, frozenset(verdict.strays))
+        self.engine = Engine(model, directions.layout, frozenset(verdict.strays), verdict.rows)
         self._loss = _bind(model, self.engine, verdict, loss)
+        self._warned: set[object] = set()
 
     def losses(self, step: int, index: int, batch: Batch, epsilon: float) -> tuple[float, float]:
-        """(L(theta + eps z), L(theta - eps z)) in float64 for the direction (step, index)."""
+        """(L(theta + eps z), L(theta - eps z)) in float64 for the direction (step, index).
+
+        A batch whose shapes rule out one forward for both signs, unlike those of the batch it was proved on, takes two.
+        Nothing of that is remembered: the paths of a probe must not depend on the probes before it.
+        """
         rows = len(batch["labels"])
         with torch.no_grad():
             if self.verdict.batched:
-                losses = self._run(step, index, doubled(batch, rows), epsilon, Signs.BOTH, 2 * rows)
-                return losses.mean(slice(0, rows)), losses.mean(slice(rows, None))
+                try:
+                    losses = self._run(step, index, doubled(batch, rows), epsilon, Signs.BOTH, 2 * rows)
+                    return losses.mean(slice(0, rows)), losses.mean(slice(rows, None))
+                except NotBatchable as fault:
+                    self._warn(batch, fault)
             plus = self._run(step, index, batch, epsilon, Signs.PLUS, rows)
             minus = self._run(step, index, batch, epsilon, Signs.MINUS, rows)
             return plus.mean(), minus.mean()
@@ -52,6 +63,13 @@ class Prober:
         """Row losses at the unperturbed weights."""
         with torch.no_grad():
             return self._loss(batch, None)
+
+    def _warn(self, batch: Batch, fault: NotBatchable) -> None:
+        """Say, once for each shape, that a batch takes the slower path."""
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(batch.items()))
+        if shapes not in self._warned:
+            self._warned.add(shapes)
+            _log.warning("Two forwards per probe for a batch of shapes %s: %s.", dict(shapes), fault)
 
     def _run(self, step: int, index: int, batch: Batch, epsilon: float, signs: Signs, rows: int) -> RowLosses:
         active = Active(self.directions, step, index, epsilon, signs, rows)

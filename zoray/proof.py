@@ -1,16 +1,16 @@
 """What the fast paths promise, proved at start on the run's own first batch.
 
 Some things cannot be read off a model's code: whether its own loss compares the logits at t with the label at t or at
-t+1, whether a parameter is used behind the back of the module that owns it,
-whether the model touches the logits after its head, and whether every module keeps the rows of a batch apart and in
-order. Each is tried against the slow path (two separate forwards, logits in one piece), and a path that fails is not
-used. The verdict says why; it is a function of the model, the layout and the batch alone.
+t+1, whether a parameter is used behind the back of the module that owns it, whether the model touches the logits after
+its head, which tensors have the rows of the batch, and whether every module keeps them apart and in order. Each is
+tried against the slow path (two separate forwards, logits in one piece), and a path that fails is not used. The verdict
+says why; it is a function of the model, the layout and the batch alone.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,10 +18,12 @@ from torch import nn
 
 from zoray.directions import Directions
 from zoray.errors import ModelError
-from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled, with_specs
+from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled, resized, with_specs
 from zoray.perturb.context import Active, NotBatchable, Signs
 from zoray.perturb.engine import Engine, replaced_forward
 from zoray.perturb.linear import LinearLayer
+from zoray.perturb.record import find_rows
+from zoray.perturb.rows import Rows
 from zoray.perturb.swap import SwappedModule
 from zoray.strays import find_strays
 
@@ -29,7 +31,6 @@ SignsChoice = Literal["auto", "batched", "sequential"]
 HeadChoice = Literal["auto", "chunked", "full"]
 
 _PROOF_EPSILON = 1e-2
-_TOLERANCE = 0.05
 _NO_HEAD = "the loss is not that of a language-model head"
 
 
@@ -43,6 +44,7 @@ class Verdict:
         shifted: the model's own loss compares the logits at t with the label at t+1.
         strays: parameters used outside of the module that owns them.
         reasons: why a faster path is not used, for the user; empty if all are.
+        rows: which tensors have no rows of the batch, for both signs in one forward.
     """
 
     batched: bool
@@ -50,6 +52,7 @@ class Verdict:
     shifted: bool = False
     strays: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
+    rows: Rows = field(default_factory=Rows)
 
 
 def prove(
@@ -98,12 +101,12 @@ def _prove(
         reasons.append(f"the head and its loss are computed in one piece: {why}")
     if head == "chunked" and not chunked:
         raise ModelError(f"`head: chunked` is not right here: {why or _NO_HEAD}.", advice="use `head: auto`")
-    batched, why = (False, None) if signs == "sequential" else trial.batching_is_right(chunked, bool(strays))
+    found, why = (None, None) if signs == "sequential" else trial.batching(chunked, bool(strays))
     if why:
         reasons.append(f"two forwards per probe: {why}")
-    if signs == "batched" and not batched:
+    if signs == "batched" and found is None:
         raise ModelError(f"`signs: batched` is not right for this model: {why}.", advice="use `signs: auto`")
-    return Verdict(batched, chunked, shifted, tuple(strays), tuple(reasons))
+    return Verdict(found is not None, chunked, shifted, tuple(strays), tuple(reasons), found or Rows())
 
 
 class _Trial:
@@ -124,11 +127,12 @@ class _Trial:
         self.full = ModelLoss(model, shifted=shifted)
         self.sliced = ModelLoss(model, chunked=True, shifted=shifted)
 
-    def run(self, loss: ModelLoss, signs: Signs) -> RowLosses:
-        """Row losses of the direction (0, 0) at the proof's own epsilon."""
-        both = signs is Signs.BOTH
-        active = Active(self.directions, 0, 0, _PROOF_EPSILON, signs, 2 * self.rows if both else self.rows)
-        batch = doubled(self.batch, self.rows) if both else self.batch
+    def run(self, loss: ModelLoss, signs: Signs, count: int | None = None) -> RowLosses:
+        """Row losses of the direction (0, 0) at the proof's own epsilon, for `count` rows of the batch (or all)."""
+        batch, rows = (self.batch, self.rows) if count is None else (resized(self.batch, self.rows, count), count)
+        if signs is Signs.BOTH:
+            batch, rows = doubled(batch, rows), 2 * rows
+        active = Active(self.directions, 0, 0, _PROOF_EPSILON, signs, rows)
         with self.engine.perturbed(active):
             if self.custom is not None:
                 return self.custom(self.model, batch)
@@ -138,10 +142,12 @@ class _Trial:
         """Whether the head may be taken out of the model and computed in slices."""
         if self.custom is not None:
             return False, None
-        module = None if self.sliced.head is None else self.sliced.head.module
+        module = self.sliced.output_embedding
         if self.batch["labels"].dim() != 2:
             return False, None
-        if module is None or isinstance(self.engine.handlers.get(module), SwappedModule):
+        if module is None:
+            return False, f"{type(self.model).__name__} names no output embedding (`get_output_embeddings`)"
+        if self.sliced.head is None or isinstance(self.engine.handlers.get(module), SwappedModule):
             return False, "its output embedding is not a plain linear layer"
         if self.engine.strays & {
             s.name for p, s in self.engine.specs.items() if any(p is q for q in module.parameters())
@@ -149,7 +155,11 @@ class _Trial:
             return False, "its output embedding is used in more than one way"
         if not self._returns_head_output(module):
             return False, "the model changes the logits after its head"
-        whole, parts = self.run(self.full, Signs.PLUS), self.run(self.sliced, Signs.PLUS)
+        whole = self.run(self.full, Signs.PLUS)
+        try:
+            parts = self.run(self.sliced, Signs.PLUS)
+        except Exception as fault:
+            return False, f"the model refuses to give the head's input for its output ({_said(fault)})"
         error = float((whole.sums - parts.sums).abs().max())
         scale = float(whole.sums.abs().max())
         precision = torch.finfo(next(module.parameters()).dtype).eps
@@ -171,26 +181,51 @@ class _Trial:
             return False
         return len(seen) == 1 and returned.shape == seen[0].shape and torch.equal(returned, seen[0])
 
-    def batching_is_right(self, chunked: bool, astray: bool) -> tuple[bool, str | None]:
-        """Whether one forward of 2B rows gives the losses of two forwards of B rows."""
+    def batching(self, chunked: bool, astray: bool) -> tuple[Rows | None, str | None]:
+        """Which tensors have rows, if one forward of 2B of them gives the losses of two forwards of B; else why not."""
         if astray:
-            return False, "a parameter is used outside of the module that owns it"
+            return None, "a parameter is used outside of the module that owns it"
         loss = self.sliced if chunked else self.full
-        plus, minus = self.run(loss, Signs.PLUS), self.run(loss, Signs.MINUS)
         try:
+            found = find_rows(self.engine, self._plain)
+            self.engine = Engine(self.model, self.directions.layout, rows=found)
             both = self.run(loss, Signs.BOTH)
+            if found.fixed:
+                # Tensors without rows are given them. If those met another dimension further on, that would not be
+                # noticed where it has as many elements; it cannot have for two numbers of rows.
+                self.run(loss, Signs.BOTH, 2 if self.rows == 3 else 3)
         except NotBatchable as fault:
-            return False, f"a module was given {fault}"
-        except (RuntimeError, ValueError, IndexError) as fault:
-            return False, f"the model refuses 2B rows of both signs ({str(fault).splitlines()[0]})"
+            return None, str(fault)
+        except Exception as fault:
+            return None, f"the model refuses another number of rows ({_said(fault)})"
+        why = self._signs_are_wrong(loss, both)
+        return (None, why) if why else (found, None)
+
+    def _plain(self, count: int) -> object:
+        """The unperturbed model on some of the batch's rows."""
+        batch = resized(self.batch, self.rows, count)
+        return self.full.logits(batch) if self.custom is None else self.custom(self.model, batch)
+
+    def _signs_are_wrong(self, loss: ModelLoss, both: RowLosses) -> str | None:
+        """How the losses of both signs in one forward differ from those of two, if they do."""
+        plus, minus = self.run(loss, Signs.PLUS), self.run(loss, Signs.MINUS)
         expected = torch.cat([plus.sums, minus.sums])
         if both.sums.shape != expected.shape:
-            return False, "the rows of the batch do not come out in order"
+            return "the rows of the batch do not come out in order"
         error = float((both.sums - expected).abs().max())
         effect = float((plus.sums - minus.sums).abs().max())
-        if not error <= _TOLERANCE * effect:
-            return False, f"the signs come out wrong (error {error:.2g}, effect of the perturbation {effect:.2g})"
-        return True, None
+        if not error <= _tolerance(self.model) * effect:
+            return f"the signs come out wrong (error {error:.2g}, effect of the perturbation {effect:.2g})"
+        return None
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Error of one forward of both signs, relative to the perturbation's effect, that rounding may explain."""
+    return 0.05 if any(parameter.element_size() < 4 for parameter in model.parameters()) else 0.01
+
+
+def _said(fault: Exception) -> str:
+    return (str(fault).splitlines() or [type(fault).__name__])[0]
 
 
 def is_shifted(model: nn.Module, batch: Batch) -> bool:

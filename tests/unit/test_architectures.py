@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
 from tests.unit.helpers import really_perturbed
 from zoray.errors import ModelError
@@ -40,6 +41,44 @@ def bart() -> Any:
     both = {"layers": 1, "ffn_dim": 64, "attention_heads": 4}
     sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in both.items()}
     return hf.BartForConditionalGeneration(hf.BartConfig(d_model=32, **sizes, decoder_start_token_id=2, **TEXT))
+
+
+def t5_classifier() -> Any:
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    words = {**TEXT, "eos_token_id": 1, "bos_token_id": None}
+    return hf.T5ForSequenceClassification(hf.T5Config(**sizes, decoder_start_token_id=0, num_labels=3, **words))
+
+
+def mpnet() -> Any:
+    return hf.MPNetForSequenceClassification(hf.MPNetConfig(**SIZE, num_labels=3, **TEXT))
+
+
+def bert() -> Any:
+    return hf.BertForSequenceClassification(hf.BertConfig(**SIZE, num_labels=3, **TEXT))
+
+
+class Nano(nn.Module):
+    """A language model after nanoGPT: positions are looked up by (T,) indices, and weigh `factor`."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.words, self.places = nn.Embedding(97, 32), nn.Embedding(64, 32)
+        self.norm, self.mix, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 97, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        x = self.words(input_ids) + self.factor * self.places(torch.arange(input_ids.shape[1]))
+        queries, keys, values = self.mix(self.norm(x)).chunk(3, -1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True))
+        logits = self.head(x)
+        if labels is None:
+            return logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
 def vit() -> Any:
@@ -78,7 +117,8 @@ MODELS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
     ),
     "t5": (t5, False, True),
     "bart": (bart, True, False),
-    "bert": (lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZE, num_labels=3, **TEXT)), True, False),
+    "mpnet": (mpnet, False, False),
+    "bert": (bert, True, False),
     "bert-mlm": (lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZE, **TEXT)), True, True),
     "roberta": (
         lambda: hf.RobertaForSequenceClassification(
@@ -149,7 +189,7 @@ def test_perturbed_losses_are_those_of_perturbed_weights(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("t5", "two forwards per probe: a module was given embedding indices of shape"),
+        ("t5", "two forwards per probe: encoder.block.0.layer.0.SelfAttention.relative_attention_bias is given a"),
         ("gemma2", "the head and its loss are computed in one piece: the model changes the logits after its head"),
         ("mamba", "used outside of the module that owns it: backbone.layers.0.mixer.conv1d.weight"),
     ],
@@ -162,6 +202,55 @@ def test_a_slower_path_says_why_and_cannot_be_asked_away(name: str, reason: str,
     wish: dict[str, Any] = {"head": "chunked"} if batched else {"signs": "batched"}
     with pytest.raises(ModelError, match="is not right"):
         Replica(model, **wish).prove(batch_for(model))
+
+
+def of_size(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch without padding that ends in T5's end of sequence."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, 97, (rows, length), generator=generator)
+    ids[:, -1] = 1
+    labels = torch.arange(rows) % 3 if "Sequence" in type(model).__name__ else ids.clone()
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("make", "batched"),
+    [
+        (gpt2, True),
+        (bert, True),
+        (t5, False),
+        (t5_classifier, False),
+        (mpnet, False),
+        (lambda: Nano(1.0), True),
+        (lambda: Nano(0.03), True),
+    ],
+    ids=["gpt2", "bert", "t5", "t5-classifier", "mpnet", "nano", "nano-faint"],
+)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8])
+def test_lengths_and_rows_may_coincide(make: Callable[[], Any], batched: bool, rows: int) -> None:
+    """Tensors without rows are told from those with rows by what they are, never by their sizes.
+
+    The paths are the same whichever length the first batch has, and right for every other.
+    """
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    verdicts = set()
+    for first in (5, 2 * rows, 4 * rows):
+        replica = Replica(model)
+        verdict = replica.prove(of_size(model, rows, first))
+        assert verdict.batched == batched, verdict.reasons
+        verdicts.add((verdict.chunked, verdict.shifted, verdict.rows))
+    assert len(verdicts) == 1
+    assert replica._prober is not None
+    for length in sorted({2, 3, 4, 5, 6, 8, 9, 2 * rows, 2 * rows + 1, 4 * rows, 6 * rows}):
+        data = of_size(model, rows, length)
+        found = replica._prober.losses(1, 0, data, EPSILON)
+        with torch.no_grad():
+            expected = [float(really_perturbed(model, replica, 1, 0, s * EPSILON)(**data).loss) for s in (1, -1)]
+        assert found == pytest.approx(expected, abs=5e-6), length
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
@@ -177,7 +266,20 @@ def test_gaussian_directions(name: str, tmp_path: Path) -> None:
     check(load(MODELS[name][0], tmp_path), 5e-6, direction="gaussian")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_widened_after_the_head(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Mamba gives float32 logits: the slices of its head must still be those of a head in half precision."""
+    model = load(MODELS["mamba"][0], tmp_path, dtype)
+    batch = batch_for(model)
+    sliced, whole = Replica(model), Replica(model, head="full")
+    assert sliced.prove(batch).chunked and not whole.prove(batch).chunked
+    assert sliced._prober is not None and whole._prober is not None
+    for index in range(3):
+        found = sliced._prober.losses(0, index, batch, 0.05)
+        assert found == pytest.approx(whole._prober.losses(0, index, batch, 0.05), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba"])
 def test_bfloat16(name: str, tmp_path: Path) -> None:
     """Half precision rounds every activation, so the two ways agree only as far as that."""
     model = load(MODELS[name][0], tmp_path, torch.bfloat16)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tests.unit.helpers import really_perturbed
 from zoray import loss as module
 from zoray.errors import DataError, ModelError
-from zoray.loss import IGNORED, ModelLoss, RowLosses, doubled
+from zoray.loss import IGNORED, ModelLoss, RowLosses, doubled, resized
 from zoray.replica import Replica
 
 VOCABULARY = 700
@@ -119,6 +119,26 @@ def test_the_batch_twice_over() -> None:
     assert twice["shared"].shape == (1, 4)
     with pytest.raises(DataError, match="5 rows"):
         doubled(data, 5)
+
+
+def test_some_rows_of_the_batch() -> None:
+    data = {"ids": torch.arange(6).view(2, 3), "labels": torch.tensor([7, 8]), "shared": torch.ones(1, 4)}
+    few = resized(data, 2, 1)
+    assert few["ids"].tolist() == [[0, 1, 2]] and few["labels"].tolist() == [7] and few["shared"].shape == (1, 4)
+    more = resized(data, 2, 5)
+    assert more["ids"].tolist() == [[0, 1, 2], [3, 4, 5], [2, 0, 1], [5, 3, 4], [1, 2, 0]]
+    assert more["labels"].tolist() == [7, 8, 7, 8, 7]
+
+
+def test_a_head_in_slices_takes_what_the_model_widened() -> None:
+    class Widening(WithHead):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(input_ids).float()
+
+    model, data = Widening().to(torch.bfloat16), batch()
+    with torch.no_grad():
+        found, whole = (ModelLoss(model, chunked=chunked)(data) for chunked in (True, False))
+    torch.testing.assert_close(found.sums, whole.sums, atol=1e-3, rtol=1e-5)
 
 
 def test_a_model_without_logits_is_refused() -> None:

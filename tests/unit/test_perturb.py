@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pickle
+import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,10 +17,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from tests.unit.helpers import bits, really_perturbed
-from zoray.perturb import Active, Engine, NotBatchable, Signs
+from zoray.perturb import Active, Engine, NotBatchable, Rows, Signs, find_rows
 from zoray.perturb.embedding import EmbeddingLayer
 from zoray.perturb.linear import LinearLayer
 from zoray.perturb.norm import NormLayer
+from zoray.perturb.rows import Fixed, RowRule, mapped
 from zoray.perturb.swap import SwappedModule
 from zoray.replica import Replica
 
@@ -90,11 +95,18 @@ def random(make: Callable[[], nn.Module]) -> nn.Module:
     return module
 
 
-def run(replica: Replica, x: torch.Tensor, signs: Signs, strays: frozenset[str] = frozenset()) -> Any:
+def run(
+    replica: Replica, x: torch.Tensor, signs: Signs, strays: frozenset[str] = frozenset(), found: Rows | None = None
+) -> Any:
     rows = 2 * ROWS if signs is Signs.BOTH else ROWS
     active = Active(replica.directions, 4, 2, EPSILON, signs, rows)
-    with torch.no_grad(), Engine(replica.model, replica.layout, strays).perturbed(active):
+    with torch.no_grad(), Engine(replica.model, replica.layout, strays, found).perturbed(active):
         return replica.model(torch.cat([x, x]) if signs is Signs.BOTH else x)
+
+
+def rows_of(replica: Replica, x: torch.Tensor) -> Rows:
+    with torch.no_grad():
+        return find_rows(Engine(replica.model, replica.layout), lambda count: replica.model(x[:count]))
 
 
 def perturbed_copies(replica: Replica, x: torch.Tensor) -> list[torch.Tensor]:
@@ -128,7 +140,7 @@ class Positions(nn.Module):
 
     def __init__(self, unsqueeze: bool) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(9, 8)
+        self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(12, 8)
         self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
         self.unsqueeze = unsqueeze
 
@@ -138,11 +150,19 @@ class Positions(nn.Module):
         return self.tokens(ids) + self.mix(self.norm(rows))
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 2 * ROWS, 7, 4 * ROWS])
 @pytest.mark.parametrize("unsqueeze", [True, False])
-def test_what_is_broadcast_gets_both_signs(unsqueeze: bool) -> None:
+def test_what_is_broadcast_gets_both_signs(unsqueeze: bool, length: int) -> None:
+    """Also where the number of positions is that of the rows, or a multiple of it."""
     replica = Replica(random(lambda: Positions(unsqueeze)))
-    expected = torch.cat(perturbed_copies(replica, tokens(5)))
-    torch.testing.assert_close(run(replica, tokens(5), Signs.BOTH), expected, atol=2e-6, rtol=2e-5)
+    expected = torch.cat(perturbed_copies(replica, tokens(length)))
+    found = rows_of(replica, tokens(5))
+    assert {fixed.module: fixed.shape for fixed in found.fixed} == {
+        "places": "1*" if unsqueeze else "*",
+        "norm": "1**" if unsqueeze else "**",
+        "mix": "1**" if unsqueeze else "**",
+    }
+    torch.testing.assert_close(run(replica, tokens(length), Signs.BOTH, found=found), expected, atol=2e-6, rtol=2e-5)
 
 
 class Tied(nn.Module):
@@ -178,6 +198,221 @@ class Structured(nn.Module):
 
     def forward(self, inputs: dict[str, torch.Tensor], shared: torch.Tensor) -> Any:
         return self.wrap(inputs["x"] * self.weight + shared)
+
+
+class Mixing(nn.Module):
+    """Owns a parameter and is given a table of all pairs of places, which has no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor, *, scale: torch.Tensor) -> dict[str, Any]:
+        return {"x": table @ x * self.weight * scale, "rest": (None, x)}
+
+
+class Pairs(nn.Module):
+    """Calls `Mixing` with a table (T, T)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Mixing()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        table = torch.arange(float(length * length)).view(length, length).sin()
+        out: torch.Tensor = self.inner(x, table, scale=torch.tensor(0.5))["x"]
+        return out
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 2 * ROWS, 4 * ROWS])
+def test_the_generic_path_leaves_whole_what_has_no_rows(length: int) -> None:
+    replica = Replica(random(Pairs))
+    found = rows_of(replica, floats(5, 8))
+    assert found.fixed == (Fixed("inner", "1", "**"),)
+    x = floats(length, 8)
+    expected = torch.cat(perturbed_copies(replica, x))
+    torch.testing.assert_close(run(replica, x, Signs.BOTH, found=found), expected, atol=2e-5, rtol=2e-5)
+
+
+class Table(nn.Module):
+    """Returns a tensor made of its parameter alone, with a batch of 1 or without one."""
+
+    def __init__(self, batch: bool) -> None:
+        super().__init__()
+        self.weight, self.batch = nn.Parameter(torch.randn(5, 8)), batch
+
+    def forward(self) -> torch.Tensor:
+        return self.weight[None] * 2 if self.batch else self.weight * 2
+
+
+class Adds(nn.Module):
+    def __init__(self, batch: bool) -> None:
+        super().__init__()
+        self.table = Table(batch)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.table()
+
+
+def test_an_output_without_rows_gets_them_if_it_is_a_batch_of_one() -> None:
+    x = floats(5, 8)
+    replica = Replica(random(lambda: Adds(True)))
+    found = rows_of(replica, x)
+    assert found.fixed == (Fixed("table", "return", "1**"),)
+    torch.testing.assert_close(run(replica, x, Signs.BOTH, found=found), torch.cat(perturbed_copies(replica, x)))
+    replica = Replica(random(lambda: Adds(False)))
+    with pytest.raises(NotBatchable, match=r"table returns a tensor without rows, of shape \(5, 8\)"):
+        run(replica, x, Signs.BOTH, found=rows_of(replica, x))
+
+
+class Calls(nn.Module):
+    """Gives a linear layer whatever `make` makes of the rows."""
+
+    def __init__(self, make: Callable[[torch.Tensor], list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.inner, self.make = nn.Linear(8, 8), make
+
+    def forward(self, x: torch.Tensor) -> None:
+        for tensor in self.make(x):
+            self.inner(tensor)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda x: [x], None),
+        (lambda x: [x.flatten(0, 1), x.repeat_interleave(7, 0)], None),
+        (lambda x: [x[:0]], None),
+        (lambda x: [x[0]], "**"),
+        (lambda x: [x[:1], x[1:2]], "1**"),
+        (lambda x: [x[:1, 0]], "1*"),
+        (lambda x: [x.transpose(0, 1)], "(5, 2, 8) for 2 of them and (5, 3, 8) for 3"),
+        (lambda x: [torch.cat([x, x[:1]])], "(3, 5, 8) for 2 of them and (4, 5, 8) for 3"),
+        (lambda x: [x[:, : len(x)]], "(2, 2, 8) for 2 of them and (3, 3, 8) for 3"),
+        (lambda x: list(x), "2 calls for 2 rows and 3 for 3"),
+        (lambda x: [x, x[0]], "in one of its calls and not in another"),
+        (lambda x: [x, x[:1]], "in one of its calls and not in another"),
+    ],
+)
+def test_what_is_found_of_a_tensor(make: Callable[[torch.Tensor], list[torch.Tensor]], found: str | None) -> None:
+    replica = Replica(random(lambda: Calls(make)))
+    if found is None or set(found) <= {"1", "*"}:
+        expected = () if found is None else (Fixed("inner", "0", found),)
+        assert rows_of(replica, floats(5, 8)) == Rows(expected)
+        return
+    with pytest.raises(NotBatchable) as fault:
+        rows_of(replica, floats(5, 8))
+    assert str(fault.value).startswith("inner regroups rows (") and found in str(fault.value)
+
+
+def test_a_module_that_makes_rows_of_none_regroups_them() -> None:
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8))
+
+        def forward(self, count: int) -> torch.Tensor:
+            return self.weight.expand(count, 8)
+
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt = Spread()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.prompt(len(x))[:, None]
+
+    with pytest.raises(NotBatchable, match="prompt regroups rows"):
+        rows_of(Replica(Prompted()), floats(5, 8))
+
+
+def test_what_happens_within_a_swapped_module_does_not_count() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.inner, self.never = nn.Parameter(torch.randn(8)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner((x * self.weight).transpose(0, 1)).transpose(0, 1)
+
+    replica = Replica(random(Whole))
+    found = rows_of(replica, floats(5, 8))
+    assert found == Rows((), ("never",))
+    x = floats(2 * ROWS, 8)
+    expected = torch.cat(perturbed_copies(replica, x))
+    torch.testing.assert_close(run(replica, x, Signs.BOTH, found=found), expected, atol=2e-6, rtol=2e-5)
+
+
+def test_a_module_that_was_never_called_is_not_trusted() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.tower = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.tower(self.first(x)) if x.shape[1] > 5 else self.first(x)
+
+    replica = Replica(random(Sometimes))
+    found = rows_of(replica, floats(5, 8))
+    assert found == Rows((), ("tower",))
+    run(replica, floats(5, 8), Signs.BOTH, found=found)
+    run(replica, floats(6, 8), Signs.PLUS, found=found)
+    with pytest.raises(NotBatchable, match=r"tower\.0 is called, and was not"):
+        run(replica, floats(6, 8), Signs.BOTH, found=found)
+    assert Rows(unseen=("",)).rule("any.module").seen is False
+    assert Rows(unseen=("tower",)).rule("towers").seen is True
+
+
+def test_finding_rows_keeps_no_tensor_and_puts_every_forward_back() -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def make(x: torch.Tensor) -> list[torch.Tensor]:
+        made = x + 1
+        kept.append(weakref.ref(made))
+        return [made]
+
+    replica = Replica(random(lambda: Calls(make)))
+    rows_of(replica, floats(5, 8))
+    assert len(kept) == 2 and all(ref() is None for ref in kept)
+    assert not any("forward" in module.__dict__ for module in replica.model.modules())
+
+
+def test_rows_travel_and_are_written_down() -> None:
+    found = Rows((Fixed("wpe", "0", "*"), Fixed("a.b", "return.x", "1**")), ("tower",))
+    assert pickle.loads(pickle.dumps(found)) == found and hash(found) == hash(pickle.loads(pickle.dumps(found)))
+    assert json.loads(json.dumps(asdict(found))) == {
+        "fixed": [["wpe", "0", "*"], ["a.b", "return.x", "1**"]],
+        "unseen": ["tower"],
+    }
+
+
+def test_one_rule_for_each_kind_of_tensor() -> None:
+    rule = RowRule("m", {"single": "1**", "bare": "**", "scalar": ""})
+    assert rule.led("other", torch.ones(12, 2), 6) and rule.led("other", torch.ones(0, 2), 6)
+    assert not rule.led("single", torch.ones(1, 6, 2), 6) and rule.led("single", torch.ones(6, 6, 2), 6)
+    assert not rule.led("bare", torch.ones(6, 2), 6) and rule.led("bare", torch.ones(6, 6, 2), 6)
+    assert not rule.led("scalar", torch.ones(()), 6)
+    assert rule.led("single", torch.ones(6, 1, 6, 2), 6)
+    for place, shape in (("other", (5, 2)), ("other", ()), ("bare", (5, 6, 2)), ("bare", (6,))):
+        with pytest.raises(NotBatchable, match="m is given a tensor"):
+            rule.led(place, torch.ones(shape), 6)
+
+
+def test_structures_must_be_alike() -> None:
+    def add(place: str, *tensors: torch.Tensor) -> torch.Tensor:
+        places.append(place)
+        return torch.stack(tensors).sum(0)
+
+    places: list[str] = []
+    one = torch.ones(2)
+    out = mapped(add, "return", {"a": (one, [one, 3, None])}, {"a": (one, [one, 3, None])})
+    assert out["a"][0].tolist() == [2.0, 2.0] and out["a"][1][1:] == [3, None]
+    assert places == ["return.a.0", "return.a.1.0"]
+    for other in ({"a": one}, {"b": (one,)}, [one], None, {"a": (one, one)}):
+        with pytest.raises(NotBatchable, match="the two signs differ"):
+            mapped(add, "return", {"a": (one,)}, other)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,47 @@ def test_the_direction_that_perturbs_is_the_one_that_updates(signs: str, kind: s
             torch.testing.assert_close(before[spec.name] - replica.memory.state()[spec.name], 5 * 2.0**-4 * z)
 
 
+class Widths(nn.Module):
+    """Looks up a table by (1, T) indices, and by (T, T) ones in longer sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places, self.head = nn.Embedding(20, 8), nn.Embedding(40, 8), nn.Linear(8, 5)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(input_ids.shape[1])
+        x = self.words(input_ids)
+        if input_ids.shape[1] <= 6:
+            return self.head((x * self.places(places[None])).mean(1))
+        pairs = self.places((places[:, None] - places[None]).abs())
+        return self.head((x * pairs.mean(1)).mean(1))
+
+
+@pytest.mark.parametrize("signs", ["auto", "batched"])
+def test_a_later_batch_that_cannot_be_batched_takes_two_forwards(signs: str, caplog: pytest.LogCaptureFixture) -> None:
+    def batch_of(length: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(0, 20, (4, length), generator=generator)
+        return {"input_ids": ids, "labels": torch.arange(4)}
+
+    model = Widths()
+    replica = Replica(model, signs=signs)  # type: ignore[arg-type]
+    slow = Replica(model, signs="sequential")
+    assert replica.prove(batch_of(5)).batched and not slow.prove(batch_of(5)).batched
+    fresh = Replica(model, signs=signs)  # type: ignore[arg-type]
+    fresh.prove(batch_of(5))
+    for length in (5, 8, 9, 16, 8, 5):
+        data = batch_of(length)
+        found = replica.probe(3, 1, data, 1e-2)
+        assert found.projected_gradient == pytest.approx(slow.probe(3, 1, data, 1e-2).projected_gradient, abs=1e-4)
+        assert found == replica.probe(3, 1, data, 1e-2) == fresh.probe(3, 1, data, 1e-2)
+    said = [record.getMessage() for record in caplog.records if record.name == "zoray.probe"]
+    assert len(said) == 2 * 3, "each replica speaks once for each of the shapes"
+    assert "Two forwards per probe for a batch of shapes {'input_ids': (4, 8), 'labels': (4,)}" in said[0]
+    assert "places is given a tensor without rows, of shape (8, 8)" in said[0]
+
+
 def test_losses_are_reduced_in_float64() -> None:
     """A float32 mean near 10 would make g a multiple of 5e-4 at epsilon = 1e-3."""
     model, batch = quadratic()

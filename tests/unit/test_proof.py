@@ -11,6 +11,7 @@ from torch.nn import functional
 from tests.unit.helpers import really_perturbed
 from zoray.errors import ModelError
 from zoray.loss import ModelLoss, RowLosses
+from zoray.perturb.rows import Fixed, Rows
 from zoray.replica import Replica
 
 ROWS, WIDTH, CLASSES = 4, 16, 5
@@ -136,6 +137,43 @@ def agrees(model: nn.Module, replica: Replica, data: dict[str, torch.Tensor]) ->
     assert found == pytest.approx(expected, abs=2e-6)
 
 
+class Positions(nn.Module):
+    """nanoGPT's: looked up by (T,) indices without a batch; small, so that wrong signs hardly show in the loss."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.places, self.factor = nn.Embedding(40, WIDTH), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh() * (1 + self.factor * self.places(torch.arange(x.shape[1])))
+
+
+class Relative(nn.Module):
+    """Mixes the places of a sequence by a bias that is looked up by (T, T) indices."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.bias, self.factor = nn.Embedding(40, 4), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1])
+        bias = self.bias((places[:, None] - places[None]).abs())[..., 0]
+        return x + self.factor * (bias.softmax(-1) @ x)
+
+
+class Crossed(nn.Module):
+    """Broadcasts a small table (1, T, n) along rows and heads, of which there are as many as rows of both signs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.view(len(x), x.shape[1], 2 * ROWS, 2).transpose(1, 2)
+        heads = heads * (1 + 1e-3 * self.table(torch.arange(x.shape[1])[None]))
+        return heads.transpose(1, 2).reshape(x.shape)
+
+
 @pytest.mark.parametrize("core", [nn.Identity(), nn.Linear(WIDTH, WIDTH), Scaled(WIDTH, WIDTH), nn.LayerNorm(WIDTH)])
 def test_batched_where_it_is_right(core: nn.Module) -> None:
     model = Plain(core)
@@ -158,6 +196,88 @@ def test_two_forwards_where_it_is_not(core: nn.Module, reason: str, length: int)
     agrees(model, replica, batch(length))
     with pytest.raises(ModelError, match="batched"):
         Replica(model, signs="batched").prove(batch(length))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("length", [3, ROWS, 7, 2 * ROWS, 11, 4 * ROWS])
+def test_as_many_positions_as_rows_are_not_taken_for_rows(length: int, factor: float) -> None:
+    model = Plain(Positions(factor))
+    replica = Replica(model)
+    verdict = replica.prove(batch(length))
+    assert verdict.batched and verdict.rows == Rows((Fixed("core.places", "0", "*"),)), verdict.reasons
+    for other in (5, 2 * ROWS, 4 * ROWS):
+        agrees(model, replica, batch(other))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3])
+@pytest.mark.parametrize("length", [3, ROWS, 2 * ROWS, 4 * ROWS])
+def test_a_table_without_rows_takes_two_forwards_whatever_its_size(length: int, factor: float) -> None:
+    model = Plain(Relative(factor))
+    replica = Replica(model)
+    verdict = replica.prove(batch(length))
+    assert not verdict.batched
+    assert f"core.bias is given a tensor without rows, of shape ({length}, {length})" in verdict.reasons[-1]
+    agrees(model, replica, batch(2 * ROWS))
+
+
+@pytest.mark.parametrize("length", [5, 2 * ROWS])
+def test_rows_given_to_a_table_must_not_meet_another_dimension(length: int) -> None:
+    """In the trial they meet as many heads, unnoticed; not so with another number of rows."""
+    model = Plain(Crossed())
+    replica = Replica(model)
+    verdict = replica.prove(batch(length))
+    assert not verdict.batched and "the model refuses another number of rows" in verdict.reasons[-1]
+    agrees(model, replica, batch(length))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_regrouping_is_seen_in_few_rows(rows: int) -> None:
+    """Rows that the batch lacks are made up, unlike those it has."""
+
+    class ByContent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat, kinds = x.flatten(0, 1), x.flatten(0, 1)[:, :3].argmax(-1)
+            out = torch.empty_like(flat)
+            for i, expert in enumerate(self.experts):
+                # The place counts too: a row that is moved on goes to other experts.
+                chosen = (kinds + torch.arange(x.shape[1]).repeat(len(x))) % 3 == i
+                out[chosen] = expert(flat[chosen])
+            return out.view(x.shape)
+
+    data = {name: tensor[:rows] for name, tensor in batch(9).items()}
+    verdict = Replica(Plain(ByContent())).prove(data)
+    assert not verdict.batched and "regroups rows" in verdict.reasons[-1], verdict
+
+
+@pytest.mark.parametrize(("dtype", "batched"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_float32_may_be_off_by_less_than_half_precision(dtype: torch.dtype, batched: bool) -> None:
+    """A loss that is wrong by 2 % of the effect: rounding explains it in half precision only."""
+
+    def slanted(model: nn.Module, data: Any) -> RowLosses:
+        losses = own_loss(model, data).sums
+        if len(losses) == 2 * ROWS:
+            plus, minus = losses.chunk(2)
+            losses = torch.cat([plus + 0.02 * (plus - minus), minus])
+        return RowLosses(losses, torch.ones_like(data["labels"]))
+
+    verdict = Replica(Plain(nn.Identity()).to(dtype), loss=slanted).prove(batch())
+    assert verdict.batched == batched, verdict.reasons
+
+
+def test_a_loss_that_takes_an_even_number_of_rows_takes_two_forwards() -> None:
+    def paired(model: nn.Module, data: Any) -> RowLosses:
+        assert len(data["labels"]) % 2 == 0, "rows come in pairs"
+        return own_loss(model, data)
+
+    model = Plain(nn.Identity())
+    replica = Replica(model, loss=paired)
+    verdict = replica.prove(batch())
+    assert verdict.reasons == ("two forwards per probe: the model refuses another number of rows (rows come in pairs)",)
+    agrees(model, replica, batch())
 
 
 def test_a_parameter_used_behind_its_modules_back_is_named() -> None:
@@ -236,22 +356,65 @@ def test_a_custom_loss_may_read_parameters_itself() -> None:
     assert replica.verdict is not None and replica.verdict.strays == ("w",)
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(input_ids))
+
+
 def test_a_language_model_without_a_loss_of_its_own() -> None:
     """Its forward takes no labels: they are compared with the logits at the same place."""
-
-    class Words(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
-
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return self.head(self.embed(input_ids))
-
     ids = batch()["input_ids"]
     model, data = Words(), {"input_ids": ids, "labels": ids.roll(-1, 1)}
     replica = Replica(model)
     verdict = replica.prove(data)
     assert verdict.batched and not verdict.shifted
+    assert verdict.reasons == (
+        "the head and its loss are computed in one piece: Words names no output embedding (`get_output_embeddings`)",
+    )
+    agrees(model, replica, data)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "reason"), [("embed", "its output embedding is not a plain linear layer"), ("missing", "names no")]
+)
+def test_a_head_that_cannot_be_sliced_is_told_from_none(attribute: str, reason: str) -> None:
+    class Naming(Words):
+        def get_output_embeddings(self) -> nn.Module | None:
+            return getattr(self, attribute, None)
+
+    ids = batch()["input_ids"]
+    verdict = Replica(Naming()).prove({"input_ids": ids, "labels": ids})
+    assert not verdict.chunked and reason in verdict.reasons[0]
+
+
+def test_a_model_that_needs_logits_of_its_vocabulary_keeps_its_head() -> None:
+    """It gives back the head's output untouched, but what it does besides fails on anything else."""
+
+    class Looking(Words):
+        calls = 0
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits = self.head(self.embed(input_ids))
+            Looking.calls += logits.shape[-1] == WIDTH
+            if logits.shape[-1] == WIDTH and Looking.calls > 1:
+                raise KeyError("vocabulary")
+            return logits
+
+    ids = batch()["input_ids"]
+    model, data = Looking(), {"input_ids": ids, "labels": ids.roll(-1, 1)}
+    replica = Replica(model)
+    verdict = replica.prove(data)
+    assert (
+        not verdict.chunked and "refuses to give the head's input for its output ('vocabulary')" in verdict.reasons[0]
+    )
     agrees(model, replica, data)
 
 

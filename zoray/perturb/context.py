@@ -23,7 +23,7 @@ class Signs(Enum):
 
 
 class NotBatchable(Exception):
-    """A module was called with tensors whose rows cannot be told apart into the two signs."""
+    """The rows of a module's tensors cannot be told apart into the two signs; the text says which and why."""
 
 
 class Active:
@@ -89,12 +89,3 @@ class Active:
             yield
         finally:
             self.signs = before
-
-    def check_rows(self, tensor: torch.Tensor) -> None:
-        """Refuse a tensor whose leading dimension does not hold the plus rows and then the minus rows.
-
-        Raises:
-            NotBatchable: the leading dimension is not a multiple of the 2B rows of the input.
-        """
-        if self.signs is Signs.BOTH and (tensor.dim() < 2 or tensor.shape[0] % self.rows):
-            raise NotBatchable(f"a tensor of shape {tuple(tensor.shape)} for {self.rows} rows of both signs")

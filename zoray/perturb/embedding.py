@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from zoray.directions import rank_scale
 from zoray.layout import ParamSpec
-from zoray.perturb.context import Active, NotBatchable, Signs
+from zoray.perturb.context import Active, Signs
+from zoray.perturb.rows import ALL_LED, RowRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class EmbeddingLayer:
 
     module: nn.Module
     weight: ParamSpec
+    rule: RowRule = ALL_LED
 
     def __call__(self, active: Active, tokens: torch.Tensor) -> torch.Tensor:
         """Perturbed rows, shape (..., dim) for tokens of shape (...).
@@ -27,7 +29,7 @@ class EmbeddingLayer:
         in one forward they get the 2B rows of the input.
         """
         if active.signs is Signs.BOTH:
-            tokens = self._with_rows(active, tokens)
+            tokens = self._with_rows(tokens, active.rows)
         weight = self.module._parameters["weight"]
         assert weight is not None
         rows = functional.embedding(tokens.reshape(-1), weight)
@@ -37,11 +39,11 @@ class EmbeddingLayer:
             coefficients[len(rows) // 2 :].neg_()
         return rows.addmm_(coefficients, right).view(*tokens.shape, weight.shape[1])
 
-    def _with_rows(self, active: Active, tokens: torch.Tensor) -> torch.Tensor:
-        if tokens.dim() == 1 and tokens.shape[0] != active.rows:
+    def _with_rows(self, tokens: torch.Tensor, rows: int) -> torch.Tensor:
+        if "0" not in self.rule.fixed and self.rule.led("0", tokens, rows):
+            return tokens
+        if tokens.dim() == 1:
             tokens = tokens.unsqueeze(0)
-        if tokens.dim() >= 2 and tokens.shape[0] == 1:
-            return tokens.expand(active.rows, *tokens.shape[1:])
-        if tokens.dim() == 0 or tokens.shape[0] % active.rows:
-            raise NotBatchable(f"embedding indices of shape {tuple(tokens.shape)} for {active.rows} rows")
-        return tokens
+        if tokens.dim() < 2 or tokens.shape[0] != 1:
+            raise self.rule.refusal("0", tokens, rows)
+        return tokens.expand(rows, *tokens.shape[1:])

@@ -16,6 +16,7 @@ from zoray.perturb.context import Active
 from zoray.perturb.embedding import EmbeddingLayer
 from zoray.perturb.linear import LinearLayer
 from zoray.perturb.norm import NormLayer
+from zoray.perturb.rows import RowRule, Rows
 from zoray.perturb.swap import SwappedModule, swapped
 
 Handler = Callable[..., Any]
@@ -33,24 +34,33 @@ class Engine:
         layout: the layout of its trainable parameters.
         strays: names of parameters that are used outside of the module that owns them (see `proof`): they are swapped
             for the whole forward, which rules out both signs in one.
+        rows: which tensors have no rows of the batch (see `record`); all have them by default.
+
+    Attributes:
+        handlers: the handler of each module.
+        names: the name of each of these modules.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, strays: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, strays: frozenset[str] = frozenset(), rows: Rows | None = None
+    ) -> None:
         self.model, self.layout, self.strays = model, layout, strays
         self.dense = layout.kind != "rank"
         self.specs = parameter_specs(model, layout)
         self.handlers: dict[nn.Module, Handler] = {}
+        self.names: dict[nn.Module, str] = {}
         self._root: list[tuple[nn.Module, dict[str, ParamSpec]]] = []
-        for module in model.modules():
+        for name, module in model.named_modules():
             own = {n: self.specs[p] for n, p in module._parameters.items() if p is not None and p in self.specs}
             astray = {n: spec for n, spec in own.items() if spec.name in strays}
             if astray:
                 self._root.append((module, astray))
             own = {n: spec for n, spec in own.items() if n not in astray}
             if own:
-                self.handlers[module] = self.handler(module, own)
+                self.names[module] = name
+                self.handlers[module] = self.handler(module, own, (rows or Rows()).rule(name))
 
-    def handler(self, module: nn.Module, own: Mapping[str, ParamSpec]) -> Handler:
+    def handler(self, module: nn.Module, own: Mapping[str, ParamSpec], rule: RowRule) -> Handler:
         """The way to perturb one module, given the specs of its trainable parameters by local name."""
         weight, bias = own.get("weight"), own.get("bias")
         factored = weight is None or weight.rank > 0
@@ -62,23 +72,23 @@ class Engine:
                 and factored
                 and module._parameters.get("weight") is not None
             ):
-                return LinearLayer(module, transposed, weight, bias)
+                return LinearLayer(module, transposed, weight, bias, rule)
             if (
                 forward is nn.Embedding.forward
                 and weight is not None
                 and weight.rank
                 and getattr(module, "max_norm", None) is None
             ):
-                return EmbeddingLayer(module, weight)
+                return EmbeddingLayer(module, weight, rule)
             if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
-                return NormLayer(module, weight, bias)  # type: ignore[arg-type]
-        return SwappedModule(module, module.forward, own)
+                return NormLayer(module, weight, bias, rule)  # type: ignore[arg-type]
+        return SwappedModule(module, module.forward, own, rule)
 
     @contextmanager
     def perturbed(self, active: Active) -> Iterator[None]:
         """Install the handlers for one direction; every forward is put back when the block ends, however it ends."""
         with ExitStack() as stack:
-            stack.enter_context(_no_fused_attention())
+            stack.enter_context(no_fused_attention())
             for module, specs in self._root:
                 stack.enter_context(swapped(active, module, specs))
             for module, handler in self.handlers.items():
@@ -107,7 +117,7 @@ def replaced_forward(module: nn.Module, forward: Handler) -> Iterator[None]:
 
 
 @contextmanager
-def _no_fused_attention() -> Iterator[None]:
+def no_fused_attention() -> Iterator[None]:
     """Keep `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` from their fused kernels for the time of the block.
 
     Those read the weights of all the layer's modules without calling one of them.

@@ -14,6 +14,7 @@ from torch import nn
 from zoray.directions import rank_scale
 from zoray.layout import ParamSpec
 from zoray.perturb.context import Active, Signs
+from zoray.perturb.rows import ALL_LED, RowRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +24,19 @@ class LinearLayer:
     Attributes:
         transposed: the weight is stored (in, out), as in `Conv1D`.
         weight, bias: specs, None where the parameter is frozen or missing.
+        rule: whether its input has the rows of the batch.
     """
 
     module: nn.Module
     transposed: bool
     weight: ParamSpec | None
     bias: ParamSpec | None
+    rule: RowRule = ALL_LED
 
     def __call__(self, active: Active, x: torch.Tensor) -> torch.Tensor:
         """The perturbed output, shape (..., out) for x of shape (..., in), in x's dtype."""
-        if active.signs is Signs.BOTH and x.dim() >= 3 and x.shape[0] == 1:
-            x = x.expand(active.rows, *x.shape[1:])
-        active.check_rows(x)
+        if active.signs is Signs.BOTH:
+            x = self.rule.expanded(x, active.rows)
         weight = self.module._parameters["weight"]
         assert weight is not None
         matrix = weight if self.transposed else weight.t()

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from zoray.layout import ParamSpec
 from zoray.perturb.context import Active, Signs
+from zoray.perturb.rows import ALL_LED, RowRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,12 @@ class NormLayer:
     module: nn.LayerNorm | nn.RMSNorm
     weight: ParamSpec | None
     bias: ParamSpec | None
+    rule: RowRule = ALL_LED
 
     def __call__(self, active: Active, x: torch.Tensor) -> torch.Tensor:
         """Perturbed output of x's shape and dtype."""
-        if active.signs is Signs.BOTH and x.dim() >= 2 and x.shape[0] == 1:
-            x = x.expand(active.rows, *x.shape[1:])
-        active.check_rows(x)
+        if active.signs is Signs.BOTH:
+            x = self.rule.expanded(x, active.rows)
         shape = self.module.normalized_shape
         parameters = self.module._parameters
         weight = active.vector(_flat(parameters.get("weight")), self.weight)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from zoray.layout import ParamSpec
-from zoray.perturb.context import Active, NotBatchable, Signs
+from zoray.perturb.context import Active, Signs
+from zoray.perturb.rows import ALL_LED, RETURN, RowRule, mapped
 
 Forward = Callable[..., Any]
 
@@ -26,22 +28,41 @@ class SwappedModule:
         module: the module.
         forward: its own forward.
         specs: the specs of its trainable parameters, by local name.
+        rule: which of its tensors have the rows of the batch.
     """
 
-    def __init__(self, module: nn.Module, forward: Forward, specs: Mapping[str, ParamSpec]) -> None:
-        self.module, self.forward, self.specs = module, forward, specs
+    def __init__(
+        self, module: nn.Module, forward: Forward, specs: Mapping[str, ParamSpec], rule: RowRule = ALL_LED
+    ) -> None:
+        self.module, self.forward, self.specs, self.rule = module, forward, specs, rule
         self.only_vectors = all(len(spec.shape) <= 1 for spec in specs.values()) and not any(module.children())
 
     def __call__(self, active: Active, *args: Any, **kwargs: Any) -> Any:
         """The module's output with theta +- eps z in place of theta."""
         if active.signs is not Signs.BOTH:
             return self._call_one(active, args, kwargs)
-        rows, halves = active.rows, []
+        outputs = []
         for signs, half in ((Signs.PLUS, 0), (Signs.MINUS, 1)):
-            some_args, some_kwargs = _half(args, half, rows), _half(kwargs, half, rows)
+            take = partial(self._half, active.rows, half)
             with active.only(signs):
-                halves.append(self._call_one(active, some_args, some_kwargs))
-        return _join(halves[0], halves[1], rows)
+                outputs.append(self._call_one(active, mapped(take, "", args), mapped(take, "", kwargs)))
+        return mapped(partial(self._join, active.rows // 2), RETURN, *outputs)
+
+    def _half(self, rows: int, half: int, place: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The plus rows (half 0) or minus rows (half 1) of a tensor that has them; another one whole."""
+        if tensor.dim() == 0 or tensor.shape[0] == 1 or not self.rule.led(place, tensor, rows):
+            return tensor
+        middle = len(tensor) // 2
+        return tensor[middle:] if half else tensor[:middle]
+
+    def _join(self, rows: int, place: str, plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
+        """Both signs' outputs together, plus rows first; what has none gets `rows` rows of each sign."""
+        if self.rule.led(place, plus, rows):
+            return torch.cat([plus, minus])
+        if plus.dim() > 1 and plus.shape[0] == 1:
+            shape = (rows, *plus.shape[1:])
+            return torch.cat([plus.expand(shape), minus.expand(shape)])
+        raise self.rule.refusal(place, plus, rows)
 
     def _call_one(self, active: Active, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with swapped(active, self.module, self.specs, self.only_vectors) as promoted:
@@ -73,40 +94,3 @@ def swapped(
         yield promoted
     finally:
         module._parameters.update(own)
-
-
-def _half(value: Any, half: int, rows: int) -> Any:
-    """The plus rows (half 0) or minus rows (half 1) of every tensor that has them; the rest unchanged."""
-    if isinstance(value, torch.Tensor):
-        if value.dim() and value.shape[0] and value.shape[0] % rows == 0:
-            middle = value.shape[0] // 2
-            return value[middle:] if half else value[:middle]
-        if value.dim() and value.shape[0] != 1 and value.dim() > 1:
-            raise NotBatchable(f"a tensor of shape {tuple(value.shape)} for {rows} rows of both signs")
-        return value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_half(v, half, rows) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_half(v, half, rows) for v in value)
-    if isinstance(value, dict):
-        return {k: _half(v, half, rows) for k, v in value.items()}
-    return value
-
-
-def _join(plus: Any, minus: Any, rows: int) -> Any:
-    """Put the two halves' outputs together: plus rows first."""
-    if isinstance(plus, torch.Tensor):
-        if plus.dim() and plus.shape[0] % (rows // 2) == 0:
-            return torch.cat([plus, minus])
-        if plus.dim() > 1 and plus.shape[0] == 1:
-            shape = (rows // 2, *plus.shape[1:])
-            return torch.cat([plus.expand(shape), minus.expand(shape)])
-        raise NotBatchable(f"an output of shape {tuple(plus.shape)} for {rows // 2} rows of one sign")
-    if isinstance(plus, tuple) and hasattr(plus, "_fields"):
-        return type(plus)(*(_join(p, m, rows) for p, m in zip(plus, minus, strict=True)))
-    if isinstance(plus, (list, tuple)):
-        return type(plus)(_join(p, m, rows) for p, m in zip(plus, minus, strict=True))
-    if isinstance(plus, dict):
-        joined = {k: _join(plus[k], minus[k], rows) for k in plus}
-        return type(plus)(**joined) if type(plus) is not dict else joined
-    return plus
