@@ -496,3 +496,31 @@ def test_a_norm_of_ones_is_perturbed_in_float32(dtype: torch.dtype, kind: type[n
     moved = ((outputs[0].double() - outputs[1].double()) * active.noise(spec) * x.double().sign()).mean()
     # Each output is rounded, but on average they move by 2 epsilon E|x|.
     assert float(moved) == pytest.approx(4e-4 * (2 / math.pi) ** 0.5, rel=0.2)
+
+
+class ByKeyword(nn.Module):
+    """Calls its layers by keyword, as some code on the hub does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table, self.norm, self.layer = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 20)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=self.norm(input=self.table(input=input_ids)))
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    model = ByKeyword()
+    replica = Replica(model)
+    ids = tokens(6)
+    batch = {"input_ids": ids, "labels": ids}
+    found = replica.probe(0, 0, batch, EPSILON)
+    assert replica.verdict is not None and replica.verdict.batched
+    losses = [
+        nn.functional.cross_entropy(
+            really_perturbed(model, replica, 0, 0, shift)(ids).detach().double().flatten(0, 1), ids.flatten()
+        )
+        for shift in (EPSILON, -EPSILON)
+    ]
+    assert found.projected_gradient == pytest.approx(float(losses[0] - losses[1]) / (2 * EPSILON), rel=1e-4)

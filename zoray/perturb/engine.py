@@ -92,8 +92,14 @@ class Engine:
             for module, specs in self._root:
                 stack.enter_context(swapped(active, module, specs))
             for module, handler in self.handlers.items():
-                stack.enter_context(replaced_forward(module, partial(handler, active)))
+                call = handler if isinstance(handler, SwappedModule) else partial(_by_position, handler)
+                stack.enter_context(replaced_forward(module, partial(call, active)))
             yield
+
+
+def _by_position(handler: Handler, active: Active, *args: Any, **kwargs: Any) -> Any:
+    """Call a layer's handler: it takes one tensor, which a model may pass by a name of its own."""
+    return handler(active, *args, *kwargs.values())
 
 
 def parameter_specs(model: nn.Module, layout: Layout) -> dict[torch.Tensor, ParamSpec]:

@@ -77,6 +77,9 @@ class _Recorder:
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             self.seen.add(module)
+            if not swapped:
+                # A layer takes one tensor, whatever it is called by.
+                args, kwargs = (*args, *kwargs.values()), {}
             if self._inside:
                 return forward(*args, **kwargs)
             shapes: Shapes = {}
