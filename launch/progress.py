@@ -66,7 +66,8 @@ class Watcher:
         self.console.print(f"run {self.folder.name} on {place.words}", markup=False)
         self.console.print(f"  {about.weights:,} weights in {config.dtype}{share}", markup=False)
         probes = f"{config.directions} directions × {config.microbatches * config.per_direction_batch_size} examples"
-        self.console.print(f"  {probes} per step, {config.max_steps} steps, {prepared.replicas} replicas", markup=False)
+        replicas = f"{prepared.replicas} {'replica' if prepared.replicas == 1 else 'replicas'}"
+        self.console.print(f"  {probes} per step, {config.max_steps} steps, {replicas} to begin with", markup=False)
         self.console.print(f"  folder {self.folder.path}", markup=False)
         self.console.print(f"  metrics {prepared.metrics_url}", markup=False)
         if prepared.next_step:

@@ -80,7 +80,7 @@ def stop(run: str, output_dir: str, address: str | None) -> None:
     """
     with attach(run, output_dir, address) as live:
         live.stop()
-    text = f"{live.name} stops at the next step boundary; `zoray resume {live.name}` continues it"
+    text = f"{live.name} stops at the next step boundary; `zoray resume {run}` continues it"
     Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 

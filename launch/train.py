@@ -60,15 +60,15 @@ def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock:
             where=f"{folder.config_path}, {key}",
             advice="resume without it, or start a new run",
         )
+    if not break_lock:
+        # To refuse a run that goes on before anything is started for it; the coordinator's own lock is what counts.
+        RunLock(folder.path).acquire().release()
     if not (folder.ledger / "commits.bin").exists():
         raise RunError(
             "The run has no ledger: it ended before its first step.",
             where=str(folder.path),
             advice="start it anew with `zoray train`",
         )
-    if not break_lock:
-        # To refuse a run that goes on before anything is started for it; the coordinator's own lock is what counts.
-        RunLock(folder.path).acquire().release()
     check_port(config)
     check_memory(config)
     _follow(folder, config, resume=True, break_lock=break_lock)
