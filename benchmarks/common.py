@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+README = Path(__file__).parents[1] / "README.md"
 SEQUENCE, BATCH = 64, 8
 
 
@@ -126,6 +127,19 @@ def write_section(key: str, title: str, command: str, rows: list[Row]) -> None:
     pattern = re.compile(rf"<!-- {key} -->.*?<!-- /{key} -->\n", re.DOTALL)
     page = pattern.sub(lambda _: section, page) if pattern.search(page) else page + "\n" + section
     RESULTS.write_text(page)
+    README.write_text(quoted(page, README.read_text()))
+
+
+def quoted(results: str, readme: str) -> str:
+    """The README with the figures of all sections of RESULTS.md in its table, each with the commit it is of."""
+    rows = ["| figure | measured | target | | commit |", "|---|---|---|---|---|"]
+    for section in re.findall(r"<!-- \w+ -->\n(.*?)<!-- /\w+ -->", results, re.DOTALL):
+        found = re.search(r"commit (\S+)", section)
+        at = found[1] if found else ""
+        figures = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| figure")]
+        rows += [f"{line} {at} |" for line in figures]
+    pattern = re.compile(r"(<!-- measured -->\n).*?(\n<!-- /measured -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + "\n".join(rows) + match[2], readme)
 
 
 HEADER = """# Results

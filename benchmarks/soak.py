@@ -110,7 +110,7 @@ def disturb(folder: RunFolder, config: RunConfig, minutes: float, every: float, 
 def stop(coordinator: Any) -> None:
     """End a run at its step boundary, and its process."""
     receive(coordinator.stop.remote(), "the coordinator")
-    while receive(coordinator.status.remote(), "the coordinator").state in ("running", "stopping"):
+    while not receive(coordinator.progress.remote(), "the coordinator").finished:
         time.sleep(0.2)
     ray.kill(coordinator)
 
@@ -132,19 +132,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--every", type=float, default=5.0, help="mean seconds between two kills")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", help="an empty folder for the runs, which is not deleted")
     asked = parser.parse_args()
     ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as somewhere:
+        place = asked.keep or somewhere
         inputs = {**make_inputs(Path(place), large=False), "directions": 16, "per_direction_batch_size": 64}
         config = RunConfig.model_validate({**inputs, "max_steps": ENDLESS, "replicas": REPLICAS})
         folder = RunFolder.create(config, "soak")
         tally = disturb(folder, config, asked.minutes, asked.every, asked.seed)
-        ended = folder.read_state()
         rows = list(folder.rows("steps"))
-        calm = undisturbed(inputs, int(ended["step"]), Path(place) / "calm")
+        with Ledger.open(folder.ledger, repair=False) as ledger:
+            steps = ledger.next_step
+        print(f"{steps} steps, {tally}", flush=True)
+        calm = undisturbed(inputs, steps, Path(place) / "calm")
         with Ledger.open(folder.ledger, repair=False) as one, Ledger.open(calm.ledger, repair=False) as other:
             equal = [c.hash for c in one.commits()] == [c.hash for c in other.commits()]
-            steps = one.next_step
         digests = [{row["step"]: row["digest"] for row in f.rows("digests")}.get(steps) for f in (folder, calm)]
         pauses = [b["time"] - a["time"] for a, b in pairwise(rows)]
         usual = sorted(pauses)[len(pauses) // 2]
