@@ -81,7 +81,8 @@ class Admission:
         assert self.ledger is not None
         self.introductions[name] = introduction
         self._hear(introduction.warnings)
-        known = heads(self._snapshots, self.ledger)
+        agreed = {int(row["step"]): str(row["digest"]) for row in self._journal.folder.rows("digests")}
+        known = heads(self._snapshots, self.ledger, agreed=agreed)
         run = header_digest(self.ledger.header)
         self._then(name, self._joined, "join", self.ledger.genesis, run, known)
 

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections import deque
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -22,7 +23,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from actors.exporter import Exporter
-from actors.inbox import Inbox, first_line
+from actors.inbox import Inbox, fault, first_line
 from actors.journal import Journal, Progress
 from actors.lock import RunLock
 from actors.replica import Introduction
@@ -120,8 +121,11 @@ class Coordinator:
         """The training loop, until the kernel says that the run is over."""
         try:
             while self.finish is None:
-                self._wait()
-                self._decide()
+                try:
+                    self._wait()
+                    self._decide()
+                except (OSError, LedgerError) as error:
+                    self.finish = self._storage(error)
             self._conclude(self.finish)
             return self.finish
         finally:
@@ -132,13 +136,14 @@ class Coordinator:
         self.inbox.put(partial(self.events.append, StopRequested()))
 
     def scale(self, target: int) -> RunStatus:
-        """Change the number of replicas while the run goes on.
+        """Change the number of replicas while the run goes on; returns where it was before.
 
         Raises:
             ConfigError: the number is below the run's minimum or above its maximum.
         """
+        before = self.status()
         self.roster.scale(target)
-        return self.status()
+        return before
 
     def progress(self) -> Progress:
         """Where the run is."""
@@ -155,6 +160,12 @@ class Coordinator:
             self.journal.progress,
             time.monotonic(),
         )
+
+    def _storage(self, error: OSError | LedgerError) -> Finish:
+        """The run's folder cannot be written or read any more; what is committed is on disk."""
+        step = self.state.step if self.state is not None else 0
+        text = error.what if isinstance(error, LedgerError) else f"the run's folder cannot be written: {error}"
+        return Finish("storage", step, text, f"make room or repair the storage under {self.folder.path}, then resume")
 
     def _wait(self) -> None:
         """Take in what has happened; wait for something to happen, but not longer than a tick."""
@@ -181,10 +192,13 @@ class Coordinator:
 
     def _carry_out(self, action: Any) -> None:
         match action:
-            case Assign(name, item, start):
+            case Assign(name, item, start) if name in self.roster.fleet:
                 request = encode_request(item, self.ledger.records(start, item.step) if start < item.step else b"")
                 self.journal.exchanged(sent=len(request))
                 self.inbox.watch(self.roster.fleet.call(name, "work", request), partial(self._answered, name))
+            case Assign():
+                # It has ended in this very turn; the kernel will hear of it next.
+                pass
             case AppendCommit(commit):
                 try:
                     self.ledger.append(commit)
@@ -211,7 +225,8 @@ class Coordinator:
         except LedgerError as error:
             self.events.append(AppendFailed(step, error.what))
             return
-        sweep(self.folder.snapshots, after=step)
+        # One of the very step may have been written by the replica that was wrong.
+        sweep(self.folder.snapshots, after=step - 1)
         self.journal.rewound(step)
         self.events.append(Rewound(step, self.ledger.head, self._skipped()))
 
@@ -237,7 +252,7 @@ class Coordinator:
             # The request or its answer is lost; the kernel asks again when it is overdue, and may ask another.
             self.journal.say(f"replica {name} cannot be reached for the moment")
             return
-        reason = first_line(error)
+        reason = first_line(fault(error, f"replica {name}"))
         self.events.append(ReplicaLost(name, reason))
         # A machine that dies takes all its replicas along: that says nothing about them.
         self.roster.gone(name, reason, fault="its node has died" not in str(error))
@@ -251,6 +266,9 @@ class Coordinator:
         first = self._first
         examples = self.config.per_direction_batch_size * self.config.directions * self.config.microbatches
         self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example)
+        # Nothing that was made of commits that are not there (any more) may be taken for true.
+        sweep(self.folder.snapshots, after=self.ledger.next_step)
+        self.journal.rewound(self.ledger.next_step)
         for text in (*self.ledger.warnings, *first.identity.verdict.reasons):
             self.journal.warn(text)
         self.journal.say(f"{'resumed' if resume else 'started'} at step {self.ledger.next_step}")
@@ -281,11 +299,14 @@ class Coordinator:
         return sum(1 for _ in takewhile(lambda commit: not commit.applied, reversed(last)))
 
     def _conclude(self, finish: Finish) -> None:
-        if finish.digest is not None and finish.reason == "stopped":
-            self.journal.digest(finish.step, finish.digest)
-        self.journal.say(f"{finish.reason}: {finish.text}")
+        """Write down how the run ended, as far as it can be; not in a folder that is another coordinator's by now."""
+        if not self.lock.lost:
+            with suppress(OSError):
+                if finish.digest is not None and finish.reason == "stopped":
+                    self.journal.digest(finish.step, finish.digest)
+                self.journal.say(f"{finish.reason}: {finish.text}")
+                self._note_state(finish.reason, step=finish.step, text=finish.text)
         self.journal.finished(sum(path.stat().st_size for path in self.folder.ledger.iterdir()))
-        self._note_state(finish.reason, step=finish.step, text=finish.text)
 
     def _note_state(self, state: str, **more: object) -> None:
         """Write down for other processes who runs this run and where, or how it ended."""
@@ -296,12 +317,13 @@ class Coordinator:
         self.folder.write_state({"state": state, "at": at, **who, **more})
 
     def _shut(self) -> None:
-        """Let everything go; the run can be resumed from here on."""
-        self.roster.close()
-        if self._ledger is not None:
-            self._ledger.close()
-        self.exporter.close()
-        self.lock.release()
+        """Let everything go, whatever fails; the run can be resumed from here on."""
+        with ExitStack() as stack:
+            stack.callback(self.lock.release)
+            stack.callback(self.exporter.close)
+            if self._ledger is not None:
+                stack.callback(self._ledger.close)
+            stack.callback(self.roster.close)
 
 
 def actor_name(run: str) -> str:

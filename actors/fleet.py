@@ -35,6 +35,7 @@ class Fleet:
         self._needs = {"CPU": float(config.threads_per_replica), "GPU": config.gpus_per_replica}
         self._actors: dict[str, Any] = {}
         self._closed = threading.Event()
+        self._announced = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._actors
@@ -88,12 +89,16 @@ class Fleet:
 
     def announce(self, count: int) -> None:
         """Tell Ray's autoscaler for how many replicas there should be room; 0 takes it back."""
-        if self._embedded:
+        if self._embedded or count == self._announced:
             return
         from ray.autoscaler.sdk import request_resources
 
         bundle = {kind: amount for kind, amount in self._needs.items() if amount > 0}
-        request_resources(bundles=[bundle] * count)
+        try:
+            request_resources(bundles=[bundle] * count)
+            self._announced = count
+        except Exception as error:  # without an autoscaler to hear it nothing is lost
+            _log.warning("the autoscaler cannot be told of %d replicas: %s", count, error)
 
     def shortage(self) -> ResourceError:
         """That no machine has room for a single replica, with the numbers."""

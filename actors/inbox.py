@@ -7,7 +7,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from zoray.errors import ResourceError, RunError, ZorayError
 
@@ -61,7 +61,7 @@ def fault(error: BaseException, who: str) -> ZorayError:
         error = error.cause
     if isinstance(error, ZorayError):
         return error
-    if isinstance(error, RayActorError):
+    if isinstance(error, RayError):
         return ResourceError(
             f"{who} died: {first_line(error)}",
             advice="it may have run out of memory: use fewer replicas per machine or a shorter dtype",
@@ -74,15 +74,20 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def receive(reference: Reference, who: str) -> Any:
-    """Wait for a result of Ray.
+def receive(reference: Reference, who: str, seconds: float | None = None) -> Any:
+    """Wait for a result of Ray, not longer than some seconds.
 
     Raises:
-        ZorayError: what the other process raised, or that it died.
+        ZorayError: what the other process raised, or that it died or does not answer.
     """
     import ray
 
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=seconds)
+    except GetTimeoutError:
+        raise ResourceError(
+            f"{who} does not answer.",
+            advice="its machine may be overloaded or paused: try again, or look at its log",
+        ) from None
     except RayError as error:
         raise fault(error, who) from None

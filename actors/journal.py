@@ -110,6 +110,7 @@ class Journal:
     def rewound(self, step: int) -> None:
         """The steps from this one on are computed again: nothing recorded of them is true."""
         for table in ("steps", "evaluations", "digests"):
+            # An evaluation and a digest at this step are of weights that stay.
             self.folder.forget(table, step - 1 if table == "steps" else step)
         self.progress = replace(self.progress, step=step)
         self.exporter.begin(step)

@@ -106,8 +106,18 @@ class Roster:
                 if not starting or now - enough > _PATIENCE:
                     return
             elif not starting and now - started > self._patience and now >= self.members.retry_at:
-                raise self.fleet.shortage()
+                raise self._too_few(active)
             self._inbox.turn(_TICK)
+
+    def _too_few(self, active: int) -> ResourceError:
+        if not active:
+            return self.fleet.shortage()
+        minimum = self.members.policy.minimum
+        return ResourceError(
+            f"There is room for {active} of the {minimum} replicas that the run needs at least.",
+            where="replicas.min",
+            advice="add machines, or give a smaller min: the result is the same",
+        )
 
     def count(self, phase: SlotPhase) -> int:
         """Replicas in a phase."""

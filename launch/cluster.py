@@ -51,7 +51,9 @@ def connect(config: RunConfig) -> Place:
     cores = os.cpu_count() or 1
     minimum, maximum, wanted = config.replica_limits
     threads = (wanted if maximum is None else minimum) * config.threads_per_replica
+    # Not one that `ray start` has left behind here: whoever means that one says so by RAY_ADDRESS.
     ray.init(
+        address="local",
         namespace=NAMESPACE,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE,

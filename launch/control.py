@@ -25,6 +25,8 @@ from zoray.runs import RunFolder
 if TYPE_CHECKING:
     from actors.status import RunStatus
 
+_PATIENCE = 30.0
+
 IN_PROGRESS = ("starting", "running")
 """What the state file of a run says while a coordinator has it, or had it when it was killed."""
 
@@ -62,7 +64,9 @@ class Run:
     def _ask(self, method: str, *arguments: object) -> Any:
         from actors.inbox import receive
 
-        return receive(getattr(self._coordinator, method).remote(*arguments), f"the coordinator of {self.name}")
+        return receive(
+            getattr(self._coordinator, method).remote(*arguments), f"the coordinator of {self.name}", _PATIENCE
+        )
 
 
 @contextmanager

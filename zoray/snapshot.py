@@ -51,6 +51,9 @@ def save(folder: Path, replica: Replica, head: bytes, run: str, keep: int | None
     """
     value = replica.digest()
     place = folder / f"{_PREFIX}{replica.step}"
+    if place.exists() and digest_of(place) != f"{value:016x}":
+        # One that is damaged, or was written with other weights.
+        shutil.rmtree(place)
     if not place.exists():
         temporary = folder / f".{place.name}.{os.getpid()}"
         temporary.mkdir(parents=True)
@@ -76,10 +79,30 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def heads(folder: Path, ledger: Ledger, at_most: int | None = None) -> dict[int, bytes]:
-    """Steps there are snapshots of (up to one), with the hash the ledger's last commit before each has."""
+def digest_of(place: Path) -> str | None:
+    """The digest (hex) a snapshot says its weights have; None if it says nothing."""
+    try:
+        return str(json.loads((place / "snapshot.json").read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def heads(
+    folder: Path, ledger: Ledger, at_most: int | None = None, agreed: Mapping[int, str] | None = None
+) -> dict[int, bytes]:
+    """Steps whose snapshots may be used, with the hash the ledger's last commit before each has.
+
+    Args:
+        folder, ledger: of the run.
+        at_most: none later than this.
+        agreed: digests (hex) the replicas agreed on, by step: a snapshot of other weights, or of a step without one, is
+            perhaps that of a replica that had diverged. None: take all there are.
+    """
     last = ledger.next_step if at_most is None else at_most
-    return {step: head_at(ledger, step) for step in steps(folder) if step <= last}
+    found = [step for step in steps(folder) if step <= last]
+    if agreed is not None:
+        found = [step for step in found if step in agreed and agreed[step] == digest_of(folder / f"{_PREFIX}{step}")]
+    return {step: head_at(ledger, step) for step in found}
 
 
 def sweep(folder: Path, after: int | None = None) -> None:

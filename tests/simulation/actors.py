@@ -216,7 +216,7 @@ class SimulatedCoordinator:
             case Rewind(step):
                 return self._cut(step)
             case Report(record):
-                world.check_report(record.step, record.evaluation)
+                world.check_report(record.step, record.evaluation, record.digest)
             case Release(name, _, cause):
                 world.released(world.replicas[name], cause)
             case Finish():

@@ -53,6 +53,8 @@ class Simulation:
     cut_before_action: int = 0
     flips: dict[str, int] = field(default_factory=dict)
     tainted: bool = False
+    agreed: dict[int, int] = field(default_factory=dict)
+    excused: set[str] = field(default_factory=set)
     met: Counter[str] = field(default_factory=Counter)
     replicas: dict[str, SimulatedReplica] = field(default_factory=dict)
 
@@ -133,7 +135,8 @@ class Simulation:
 
     def released(self, replica: SimulatedReplica, cause: str) -> None:
         self.met[f"released: {cause}"] += 1
-        if cause == "violation" or (cause in ("diverged", "rewound") and not self.tainted):
+        excused = self.tainted or replica.name in self.excused
+        if cause == "violation" or (cause in ("diverged", "rewound") and not excused):
             raise InvariantError(f"a healthy replica is released: {cause}")
         self.crash(replica, silent=True, returns=cause != "drained" or not self.stormy)
 
@@ -143,9 +146,11 @@ class Simulation:
         if not self.tainted:
             raise InvariantError("the run goes back though nothing diverged")
         self.acknowledged = min(self.acknowledged, step)
-        self.saved = [saved for saved in self.saved if saved.step <= step]
+        self.agreed = {at: value for at, value in self.agreed.items() if at <= step}
+        self.saved = [saved for saved in self.saved if saved.step < max(step, 1)]
         for replica in self.replicas.values():
             self.crash(replica, silent=True)
+        self.excused = set(self.replicas)
         self.tainted = any(replica.flipped for replica in self.replicas.values() if replica.alive)
 
     def finishing(self, finish: Finish) -> None:
@@ -180,7 +185,13 @@ class Simulation:
         if ledger.next_step < self.acknowledged:
             raise InvariantError(f"{self.acknowledged} steps were committed, {ledger.next_step} are left")
 
-    def check_report(self, step: int, evaluation: object) -> None:
+    def usable(self, saved: Saved) -> bool:
+        """Whether newcomers may start from a snapshot: the replicas must have agreed on its digest."""
+        return saved.step == 0 or self.agreed.get(saved.step) == digest(saved.weights)
+
+    def check_report(self, step: int, evaluation: object, agreed: int | None) -> None:
+        if agreed is not None:
+            self.agreed[step] = agreed
         if not self.tainted and evaluation != self.golden.evaluations.get(step):
             raise InvariantError(f"the evaluation of step {step} differs from that of the undisturbed run")
 
@@ -198,7 +209,8 @@ class Simulation:
 
     def _start(self, replica: SimulatedReplica) -> None:
         if not replica.alive:
-            replica.boot(self.rng.choice(self.saved))
+            self.excused.discard(replica.name)
+            replica.boot(self.rng.choice([saved for saved in self.saved if self.usable(saved)]))
             self.handshake(replica)
 
     def _arrange(self) -> None:

@@ -124,7 +124,7 @@ def test_work_of_a_step_is_evaluation_snapshot_probes_and_at_the_end_digest() ->
     assert kinds == {
         0: [Kind.EVAL, Kind.PROBE, Kind.PROBE],
         1: [Kind.PROBE, Kind.PROBE],
-        2: [Kind.EVAL, Kind.SNAPSHOT, Kind.PROBE, Kind.PROBE],
+        2: [Kind.DIGEST, Kind.EVAL, Kind.SNAPSHOT, Kind.PROBE, Kind.PROBE],
         3: [Kind.DIGEST, Kind.EVAL],
     }
 
@@ -359,6 +359,34 @@ def test_newcomer_gives_its_digest_before_it_takes_probes() -> None:
     run.play(todo)
     assert all(member.proven for member in run.state.members.values()) and of(Finish, run.log)[0].reason == "done"
     assert sum(a.item.kind is Kind.DIGEST and a.item.step < 3 for a in of(Assign, run.log)) == 2
+
+
+def test_a_slow_newcomer_proves_itself_by_a_digest_that_comes_late() -> None:
+    run = Driver(settings(max_steps=9, directions=4, prove_newcomers=True))
+    todo = play_until(run, 1, run.join("a", "b"))
+    (slow,) = run.join("slow", step=1)
+    todo = play_until(run, 3, todo)
+    asked = [a for a in of(Assign, run.log) if a.item.kind is Kind.DIGEST and a.replica == "slow"]
+    assert asked == [slow] and not run.state.members["slow"].proven
+    assert all(a.item.step <= 1 for a in of(Assign, run.log) if a.item.kind is Kind.DIGEST)
+    (next_item,) = of(Assign, run.answer(slow))
+    assert run.state.members["slow"].proven and next_item.item.kind is Kind.PROBE
+    wrong = Driver(settings(max_steps=9, directions=4, prove_newcomers=True))
+    todo = play_until(wrong, 1, wrong.join("a", "b"))
+    (slow,) = wrong.join("slow", step=1)
+    play_until(wrong, 3, todo)
+    wrong.answer(slow, digest=8)
+    assert [r.replica for r in of(Release, wrong.log)] == ["slow"] and wrong.state.phase is Phase.PROBING
+
+
+def test_all_are_heard_before_anybody_is_sent_away() -> None:
+    run = Driver(settings(max_steps=9, directions=3, prove_newcomers=True, digest_every=5), step=4)
+    digest = [a for a in run.join("a", "b", "c", step=4) if a.item.kind is Kind.DIGEST]
+    probes = [a for a in of(Assign, run.log) if a.item.kind is Kind.PROBE]
+    todo = [*of(Assign, run.answer(digest[0], digest=6)), *probes]
+    for assign in todo:
+        run.answer(assign)
+    assert not of(Release, run.log) and run.state.step == 4
 
 
 def test_two_witnesses_are_asked_for_a_newcomer() -> None:

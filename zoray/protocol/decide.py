@@ -15,18 +15,22 @@ from zoray.protocol.messages import (
     EvalSums,
     Evaluation,
     Finish,
+    Kind,
     ProbeScalars,
     Report,
     Rewind,
     StepRecord,
     Warn,
 )
-from zoray.protocol.state import Phase, State, counts, open_step
+from zoray.protocol.state import Phase, State, counts, forget_digests, open_step
+
+_REMEMBERED = 64
+"""Steps whose digests are kept for those that come late."""
 
 
 def decide(state: State, now: float, actions: list[Action]) -> None:
     """All results are in: make the commit, unless a replica that gave some of them turns out to have diverged."""
-    if state.comparing and not _compare(state, actions):
+    if state.comparing and (_unheard(state) or not _compare(state, actions)):
         return
     settings, step = state.settings, state.step
     probes = [
@@ -69,6 +73,10 @@ def conclude(state: State, step: int, now: float, actions: list[Action]) -> None
         actions.append(Warn(f"{text} ({state.skipped} in a row, {state.settings.max_skipped_steps} end the run)"))
     seconds = (r.payload.apply_seconds for r in state.results.values() if isinstance(r.payload, ProbeScalars))
     state.replay += math.fsum(seconds) / max(1, len(state.members))
+    if state.comparing:
+        state.past[step] = state.digests
+        while len(state.past) > _REMEMBERED:
+            del state.past[next(iter(state.past))]
     state.step, state.previous = step + 1, commit.hash
     state.unproven = {name: since for name, since in state.unproven.items() if name in state.members}
     open_step(state, now)
@@ -96,47 +104,88 @@ def close(state: State, now: float, actions: list[Action]) -> None:
 
 def _compare(state: State, actions: list[Action]) -> bool:
     """Settle whose weights are right, by majority; whether the step can go on as it is."""
-    votes = Counter(state.digests.values()).most_common()
-    if not votes:
+    if not state.digests:
         return True
-    winner, count = votes[0]
-    agreed = count * 2 > len(state.digests)
-    right = [name for name, digest in state.digests.items() if agreed and digest == winner]
-    if len(right) > 1:
-        state.rewinds = 0
-        for name in right:
-            state.unproven.pop(name, None)
-            if (member := state.members.get(name)) is not None:
-                state.members[name] = replace(member, proven=True)
-    if len(right) < len(state.digests):
-        _expel(state, [name for name in state.digests if name not in right], len(right), actions)
+    right = _quorum(state, state.step, state.digests)
+    if not right and any(n not in state.digests and not m.draining for n, m in state.members.items()):
+        # Before anybody is sent away, all are heard.
+        state.thorough = True
+        return False
+    if len(right) > 1 or (right and (len(state.members) == 1 or state.phase is Phase.CLOSING)):
+        state.agreed = state.digests[right[0]]
+    wrong = [name for name in state.digests if name not in right]
+    if wrong:
+        _expel(state, state.step, {name: state.digests[name] for name in wrong}, len(right), actions)
     return state.phase in (Phase.PROBING, Phase.CLOSING) and state.missing == 0
 
 
-def _expel(state: State, wrong: list[str], right: int, actions: list[Action]) -> None:
+def _unheard(state: State) -> bool:
+    """Whether a snapshot's step still needs digests: newcomers start from a snapshot only if two agree on it."""
+    saving = any(item.kind is Kind.SNAPSHOT for item in state.work)
+    return saving and len(state.digests) < min(2, sum(not member.draining for member in state.members.values()))
+
+
+def _quorum(state: State, step: int, digests: dict[str, int]) -> list[str]:
+    """The replicas whose digest at a step more than half of the given ones are.
+
+    Two or more of them have proved each other, and what they did before that step.
+    """
+    winner, count = Counter(digests.values()).most_common(1)[0]
+    if count * 2 <= len(digests):
+        return []
+    right = [name for name, digest in digests.items() if digest == winner]
+    if len(right) > 1:
+        state.rewinds = 0
+        for name in right:
+            if state.unproven.get(name, step) < step:
+                del state.unproven[name]
+                if step < state.step:
+                    state.unproven[name] = step
+            if (member := state.members.get(name)) is not None:
+                state.members[name] = replace(member, proven=True)
+    return right
+
+
+def settle_past(state: State, step: int, actions: list[Action]) -> None:
+    """A digest of an earlier step has come: a slow replica proves itself by it as well, or is found to be wrong."""
+    digests = state.past[step]
+    right = _quorum(state, step, digests)
+    wrong = {name: digest for name, digest in digests.items() if name not in right and name in state.members}
+    if len(right) > 1 and wrong:
+        _expel(state, step, wrong, len(right), actions)
+
+
+def _expel(state: State, step: int, wrong: dict[str, int], right: int, actions: list[Action]) -> None:
     """Release replicas whose digests are wrong, and undo what they took part in since they were last right.
 
     Without a majority nobody knows who is wrong: all go, and replicas built anew from the ledger take their place.
     """
     first = min((state.unproven[name] for name in wrong if name in state.unproven), default=state.step)
+    state.rewinds += 1
     if not right:
-        said = ", ".join(f"{name}: {state.digests[name]:016x}" for name in sorted(wrong))
-        actions.append(Warn(f"replicas disagree on the weights at step {state.step}, without a majority ({said})"))
+        said = ", ".join(f"{name}: {digest:016x}" for name, digest in sorted(wrong.items()))
+        actions.append(Warn(f"replicas disagree on the weights at step {step}, without a majority ({said})"))
+    if first < state.step:
+        # Before anything else is done about it: it must not be forgotten in a crash.
+        text = f"steps {first} to {state.step - 1} are computed again: a replica that had diverged took part in them"
+        state.count("rewinds")
+        actions += [Warn(text), Rewind(first)]
     for name in wrong:
-        del state.digests[name]
+        forget_digests(state, name)
         state.count("diverged")
         if name in state.members:
             others = f"that of {right} others" if right else "another's, and no majority says whose is right"
-            release(state, name, "diverged", f"its digest at step {state.step} differs from {others}", actions)
+            release(state, name, "diverged", f"its digest at step {step} differs from {others}", actions)
         _disregard(state, name)
-    state.rewinds += 1
     if state.rewinds > state.settings.max_rewinds:
         state.phase = Phase.FINISHED
-        text = f"replicas disagreed on the weights {state.rewinds} times in a row, last at step {state.step}"
-        advice = "a machine computes wrongly: `zoray verify` on another one says what the weights are; then resume"
-        actions.append(Finish("numerics", state.step, text, advice))
+        text = f"replicas disagreed on the weights {state.rewinds} times in a row, last at step {step}"
+        advice = "a machine computes wrongly: find out which by `zoray verify` on each, then resume without it"
+        actions.append(Finish("numerics", min(first, state.step), text, advice))
     elif first < state.step:
-        _rewind(state, first, actions)
+        state.phase = Phase.REWINDING
+        for name in tuple(state.members):
+            release(state, name, "rewound", f"the run goes back to step {first}", actions)
 
 
 def _disregard(state: State, name: str) -> None:
@@ -146,16 +195,6 @@ def _disregard(state: State, name: str) -> None:
         state.missing += counts(state, item)
         if item not in state.flights:
             state.again = (*state.again, item)
-
-
-def _rewind(state: State, step: int, actions: list[Action]) -> None:
-    """Go back to the weights at `step`: the commits from there on were made with a replica that had diverged."""
-    state.phase = Phase.REWINDING
-    state.count("rewinds")
-    for name in tuple(state.members):
-        release(state, name, "rewound", f"the run goes back to step {step}", actions)
-    text = f"steps {step} to {state.step - 1} are computed again: a replica that had diverged took part in them"
-    actions += [Warn(text), Rewind(step, text)]
 
 
 def give_up(state: State, actions: list[Action]) -> None:
@@ -183,7 +222,7 @@ def _record(state: State, now: float) -> StepRecord:
         aggregate=state.pending,
         learning_rate=state.settings.learning_rate(state.step) if state.pending else 0.0,
         evaluation=evaluation(sums) if sums else None,
-        digest=Counter(state.digests.values()).most_common(1)[0][0] if state.digests else None,
+        digest=state.agreed,
         replicas=len(state.members),
         opened=state.opened,
         decided=state.decided,

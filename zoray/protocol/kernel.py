@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from zoray.protocol.assign import assign, deadline, drop, free, give, observe, release, unassign
-from zoray.protocol.decide import close, conclude, decide, give_up
+from zoray.protocol.decide import close, conclude, decide, give_up, settle_past
 from zoray.protocol.messages import (
     PAYLOAD_TYPE,
     Action,
@@ -33,7 +33,7 @@ from zoray.protocol.messages import (
     Tick,
     Warn,
 )
-from zoray.protocol.state import Contribution, Member, Phase, State, counts, newcomers, open_step
+from zoray.protocol.state import Contribution, Member, Phase, State, counts, forget_digests, newcomers, open_step
 
 
 def transition(state: State, event: Event, now: float) -> tuple[State, tuple[Action, ...]]:
@@ -105,6 +105,11 @@ def _answer(state: State, event: Answer, now: float, actions: list[Action]) -> N
         release(state, name, "violation", what, actions)
         return
     accept(state, name, item, event.payload)
+    if item.kind is Kind.DIGEST and item.step in state.past and state.phase in (Phase.PROBING, Phase.CLOSING):
+        settle_past(state, item.step, actions)
+        if name not in state.members:
+            return
+        member = state.members[name]
     if member.item == item:
         observe(state, item.kind, now - member.since)
         state.members[name] = replace(member, held=max(member.held, item.step), misses=0)
@@ -116,7 +121,10 @@ def _answer(state: State, event: Answer, now: float, actions: list[Action]) -> N
 def accept(state: State, name: str, item: Item, payload: Payload | None) -> None:
     """Count a result if it is the first for an item of the step in hand; anything else is harmless."""
     if item.step != state.step or state.phase not in (Phase.PROBING, Phase.CLOSING):
-        state.count("stale")
+        if item.step in state.past and isinstance(payload, DigestValue) and item.kind is Kind.DIGEST:
+            state.past[item.step] = {**state.past[item.step], name: payload.digest}
+        else:
+            state.count("stale")
     elif item.kind is Kind.DIGEST and isinstance(payload, DigestValue):
         if state.comparing:
             state.digests[name] = payload.digest
@@ -132,7 +140,7 @@ def accept(state: State, name: str, item: Item, payload: Payload | None) -> None
 
 def _ready(state: State, event: ReplicaReady, actions: list[Action]) -> None:
     drop(state, event.replica)
-    state.digests.pop(event.replica, None)
+    forget_digests(state, event.replica)
     if state.phase is Phase.REWINDING:
         actions.append(Release(event.replica, "it joined with commits that are being cut away", "rewound"))
         return
@@ -240,7 +248,7 @@ def _rewound(state: State, event: Rewound, now: float, actions: list[Action]) ->
         actions.append(Warn(f"the ledger is said to be cut back to step {event.step} though nobody asked for it"))
         return
     state.step, state.previous, state.skipped = event.step, event.previous, event.skipped
-    state.replay = 0.0
+    state.replay, state.past = 0.0, {}
     open_step(state, now)
 
 

@@ -203,11 +203,10 @@ class AppendCommit:
 class Rewind:
     """Cut the ledger: `step` is the first one to be computed again. Then send `Rewound` (or `AppendFailed`).
 
-    Every replica has been released before: none may be let in again with weights of a step that is cut away.
+    Every replica is released after it: none may be let in again with weights of a step that is cut away.
     """
 
     step: int
-    text: str
 
 
 @dataclass(frozen=True, slots=True)

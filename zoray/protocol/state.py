@@ -138,6 +138,9 @@ class State:
     `again` (to be given again), `missing` (results still awaited before the step is decided); `comparing`: digests are
     taken in it, of all replicas if `thorough`, else of newcomers and of some others to compare with.
 
+    `agreed` is what at least two of them said, or the only one there is. `past` has the digests of recent steps, for
+    those that come after their step.
+
     Over the steps: `unproven` (the first step a replica has taken part in since its digest last agreed with another's),
     `compared` (when all digests were last asked for), `replay` (seconds that applying the commits since the last
     snapshot took), `rewinds` (disagreements since the last agreement).
@@ -159,6 +162,8 @@ class State:
     missing: int = 0
     comparing: bool = False
     thorough: bool = False
+    agreed: int | None = None
+    past: dict[int, dict[str, int]] = field(default_factory=dict)
     compared: float = 0.0
     replay: float = 0.0
     rewinds: int = 0
@@ -177,7 +182,7 @@ class State:
         return replace(
             self, results=self.results.copy(), digests=self.digests.copy(), failures=self.failures.copy(),
             members=self.members.copy(), idle=self.idle.copy(), flights=self.flights.copy(),
-            durations=self.durations.copy(), unproven=self.unproven.copy(),
+            durations=self.durations.copy(), unproven=self.unproven.copy(), past=self.past.copy(),
         )  # fmt: skip
 
     def count(self, name: str) -> None:
@@ -203,8 +208,10 @@ def open_step(state: State, now: float) -> None:
         addresses = ((k, m) for k in range(settings.directions) for m in range(settings.microbatches))
         items += [Item(Kind.PROBE, step, direction, microbatch) for direction, microbatch in addresses]
     state.phase = Phase.CLOSING if closing else Phase.PROBING
-    state.thorough = closing or _compares(state, now)
+    saving = any(item.kind is Kind.SNAPSHOT for item in items)
+    state.thorough = closing or _compares(state, now, saving)
     state.comparing = state.thorough or newcomers(state)
+    state.agreed = None
     state.compared = now if state.thorough else state.compared
     state.opened, state.pending = now, None
     state.queue, state.work, state.cursor, state.again = tuple(items), frozenset(items), 0, ()
@@ -223,9 +230,14 @@ def _saves(state: State) -> bool:
     return state.replay >= max(settings.snapshot_after, 2 * saving)
 
 
-def _compares(state: State, now: float) -> bool:
-    """Whether the digests of all replicas are compared at the step while the run goes on."""
+def _compares(state: State, now: float, saving: bool) -> bool:
+    """Whether the digests of all replicas are compared at the step while the run goes on.
+
+    Those of a snapshot's step are: newcomers will start from it, so it must not be a wrong replica's alone.
+    """
     settings, step = state.settings, state.step
+    if saving:
+        return True
     if settings.digest_every is not None:
         return step > 0 and step % settings.digest_every == 0
     seconds = state.durations.get(Kind.DIGEST, ())
@@ -234,11 +246,23 @@ def _compares(state: State, now: float) -> bool:
     return (now - state.compared) * settings.digest_share > median(seconds)
 
 
+def forget_digests(state: State, name: str) -> None:
+    """What a replica said of its weights counts no more."""
+    state.digests.pop(name, None)
+    for step, digests in state.past.items():
+        if name in digests:
+            state.past[step] = {other: digest for other, digest in digests.items() if other != name}
+
+
 def newcomers(state: State) -> bool:
     """Whether there is a replica whose weights no other one has confirmed yet, though there are others."""
     if not state.settings.prove_newcomers or len(state.members) < 2:
         return False
-    return not all(member.proven for member in state.members.values())
+    # One that is still at the digest of an earlier step is not asked for another.
+    return any(
+        not member.proven and (member.item is None or member.item.kind is not Kind.DIGEST)
+        for member in state.members.values()
+    )
 
 
 def counts(state: State, item: Item) -> bool:
