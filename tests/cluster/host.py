@@ -1,0 +1,73 @@
+"""A cluster of several raylets on this machine, in a process of its own: pytest's may be connected to another Ray.
+
+Reads one JSON list [operation, argument...] a line from standard input and answers each with one line; the end of the
+input is the end of the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import ray._raylet
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+SIZE = {"object_store_memory": 80 << 20, "include_dashboard": False}
+
+
+class Host:
+    """The operations."""
+
+    def __init__(self) -> None:
+        # Or every `ray.init()` on this machine would come to this cluster.
+        with patch("ray._private.utils.write_ray_address"):
+            self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SIZE})
+        self.nodes: dict[str, Any] = {}
+
+    def add(self, cpus: int) -> str:
+        """One more raylet; returns its id once the cluster knows it."""
+        node = self.cluster.add_node(num_cpus=cpus, **SIZE)
+        self.nodes[node.node_id] = node
+        return node.node_id
+
+    def kill(self, node: str) -> None:
+        """kill -9 of a raylet and its agents."""
+        self.cluster.remove_node(self.nodes.pop(node), allow_graceful=False)
+
+    def remove(self, node: str) -> None:
+        """The orderly end of a raylet; returns when the cluster knows of it."""
+        self.cluster.remove_node(self.nodes.pop(node))
+        self.cluster.wait_for_nodes()
+
+    def drain(self, node: str) -> None:
+        """Tell the cluster that a raylet is about to be preempted, as the autoscaler does."""
+        client = ray._raylet.GcsClient(address=self.cluster.address)
+        accepted, why = client.drain_node(
+            node, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "a test", deadline_timestamp_ms=0
+        )
+        assert accepted, why
+
+    def demand(self) -> int:
+        """For how many replicas the autoscaler was asked to have room, as its first version is told."""
+        client = ray._raylet.GcsClient(address=self.cluster.address)
+        return len(json.loads(client.internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL, None) or b"[]"))
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    host = Host()
+    try:
+        print(host.cluster.address, flush=True)
+        for line in sys.stdin:
+            operation, *arguments = json.loads(line)
+            print(json.dumps(getattr(host, operation)(*arguments)), flush=True)
+    finally:
+        host.cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
