@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.helpers import ROOT, Driver, Machines, Workplace
+from tests.cluster import plain
+from tests.cluster.helpers import ROOT, Machines, Result, Workplace, ledger_of
 from tests.conftest import make_model
 from tests.integration.conftest import Inputs
 from tests.integration.conftest import inputs as inputs
+from zoray.config import RunConfig
 
 STEPS = 200
 
@@ -23,17 +25,17 @@ def brake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(brake: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """That of a user who has not set anything of Ray's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     path = f"{Path(__file__).with_name('brake')}:{ROOT}"
-    own = {"PYTHONPATH": path, "ZORAY_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    own = {"PYTHONPATH": path, "ZORAY_TEST_BRAKE": str(brake), "ZORAY_CACHE": str(tmp_path_factory.mktemp("cache"))}
     return {**kept, **own, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture(scope="session")
-def on_cluster(environment: dict[str, str], brake: Path) -> dict[str, str]:
-    return {**environment, "RAY_AUTH_MODE": "disabled", "ZORAY_TEST_BRAKE": str(brake)}
+def on_cluster(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "RAY_AUTH_MODE": "disabled"}
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +57,12 @@ def config(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> str:
     return yaml.safe_dump(keys)
 
 
-def place(folder: Path, config: str, env: dict[str, str], brake: Path) -> Workplace:
+def place(folder: Path, config: str, env: dict[str, str], brake: Path) -> Iterator[Workplace]:
     (folder / "run.yaml").write_text(config)
-    made = Workplace(folder, {**env, "ZORAY_TEST_BRAKE": str(brake)}, brake)
+    made = Workplace(folder, env, brake)
     made.full_speed()
-    return made
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -67,23 +70,19 @@ def workplace(
     machines: Machines, config: str, on_cluster: dict[str, str], brake: Path, tmp_path: Path
 ) -> Iterator[Workplace]:
     """Where commands are run that find the cluster through RAY_ADDRESS."""
-    made = place(tmp_path, config, {**on_cluster, "RAY_ADDRESS": machines.address}, brake)
-    yield made
-    made.close()
+    yield from place(tmp_path, config, {**on_cluster, "RAY_ADDRESS": machines.address}, brake)
 
 
 @pytest.fixture
-def alone(config: str, environment: dict[str, str], tmp_path: Path) -> Iterator[Workplace]:
+def alone(config: str, environment: dict[str, str], brake: Path, tmp_path: Path) -> Iterator[Workplace]:
     """Where commands are run that know of no cluster."""
-    made = place(tmp_path, config, environment, tmp_path / "brake")
-    yield made
-    made.close()
+    yield from place(tmp_path, config, environment, brake)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(config: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    """One replica, nothing happens. It goes on beside the first test."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    made = place(folder, config, environment, folder / "brake")
-    yield made.start("train", "undisturbed")
-    made.close()
+def undisturbed(config: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """What comes of the run when nothing happens to it."""
+    keys = {**yaml.safe_load(config), "output_dir": str(tmp_path_factory.mktemp("undisturbed"))}
+    folder, finish = plain.undisturbed(RunConfig.model_validate(keys))
+    assert finish.reason == "done" and finish.digest is not None
+    return Result(ledger_of(folder), finish.step, f"{finish.digest:016x}")

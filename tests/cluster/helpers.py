@@ -40,6 +40,20 @@ def gone(pid: int) -> bool:
         return True
 
 
+@dataclass(frozen=True)
+class Result:
+    """What comes of a run: the files of its ledger, its last step and the digest of the weights there."""
+
+    ledger: dict[str, bytes]
+    step: int
+    digest: str
+
+
+def ledger_of(folder: RunFolder) -> dict[str, bytes]:
+    """The files of a run's ledger."""
+    return {path.name: path.read_bytes() for path in folder.ledger.iterdir()}
+
+
 class Machines:
     """A head without processors and raylets that a test adds, kills and drains; see `host.py`.
 
@@ -147,17 +161,12 @@ class Driver:
         """Wait until it is over; returns its exit status."""
         return self.process.wait(PATIENCE)
 
-    def ends_as(self, undisturbed: Driver) -> None:
+    def ends_as(self, undisturbed: Result) -> None:
         """See it to its end, with the ledger and the weights of the undisturbed run."""
-        for driver in (self, undisturbed):
-            assert driver.ends() == 0, driver.text
-        assert self.result() == undisturbed.result()
-
-    def result(self) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """The files of the ledger, and the last step with the digest of its weights."""
-        assert self.folder.read_state()["state"] == "done"
-        files = {path.name: path.read_bytes() for path in self.folder.ledger.iterdir()}
-        return files, list(self.folder.rows("digests"))[-1]
+        assert self.ends() == 0, self.text
+        last = list(self.folder.rows("digests"))[-1]
+        assert Result(ledger_of(self.folder), last["step"], last["digest"]) == undisturbed
+        assert f"digest of the weights {undisturbed.digest}" in self.text
 
     def kill(self) -> None:
         """kill -9 of the driver, and of nothing else."""

@@ -1,4 +1,4 @@
-"""A run without any cluster, looked at and changed from other processes by someone who has set nothing of Ray's."""
+"""A run on a Ray of its own, seen and changed from other processes by someone who has set nothing of Ray's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.helpers import Driver, Workplace
+from tests.cluster.helpers import Machines, Result, Workplace
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def left_behind() -> Iterator[str]:
         yield folder
 
 
-def test_control_of_a_run_on_an_embedded_ray(alone: Workplace, left_behind: str, undisturbed: Driver) -> None:
+def test_control_of_a_run_on_an_embedded_ray(
+    alone: Workplace, left_behind: str, machines: Machines, on_cluster: dict[str, str], undisturbed: Result
+) -> None:
     alone.slow_from(10)
     run = alone.start("train", "single", "replicas=1", RAY_TMPDIR=left_behind)
     run.reaches(10)
@@ -53,8 +55,10 @@ def test_control_of_a_run_on_an_embedded_ray(alone: Workplace, left_behind: str,
     assert f"it has ended: stopped at step {step}" in alone.refused(6, "scale", "single", "2")
     assert "zoray resume single" in alone.refused(6, "stop", "single")
 
+    # It goes on elsewhere.
     alone.full_speed()
-    run = alone.start("resume", "single", "replicas=1")
+    machines.have(1)
+    run = alone.start("resume", "single", "replicas=1", **on_cluster, RAY_ADDRESS=machines.address)
     run.ends_as(undisturbed)
     assert f"continuing with step {step}" in run.text
     assert "all 200 steps are committed" in alone.refused(6, "stop", "single")

@@ -1,13 +1,11 @@
-"""Raylets come, are killed and drain while a run goes on; a run wants more than the cluster has."""
+"""Raylets come, are killed and drain while a run goes on."""
 
 from __future__ import annotations
 
-import json
-
-from tests.cluster.helpers import Driver, Machines, Workplace, until
+from tests.cluster.helpers import Machines, Result, Workplace
 
 
-def test_machines_are_used_lost_and_left(machines: Machines, workplace: Workplace, undisturbed: Driver) -> None:
+def test_machines_are_used_lost_and_left(machines: Machines, workplace: Workplace, undisturbed: Result) -> None:
     (first,) = machines.have(1)
     workplace.slow_from(10)
     run = workplace.start("train", "elastic", "replicas={min: 1, max: 3}")
@@ -40,32 +38,6 @@ def test_machines_are_used_lost_and_left(machines: Machines, workplace: Workplac
     run.ends_as(undisturbed)
     assert "replica r3" not in run.log
     assert machines.demand() == 0
-
-
-def test_more_replicas_than_there_is_room_for(machines: Machines, workplace: Workplace, undisturbed: Driver) -> None:
-    machines.have(2)
-    workplace.slow_from(10)
-    run = workplace.start("train", "wide", "replicas=4")
-    for name in ("r0", "r1"):
-        run.joined(name)
-    assert "2 active; 4 wanted (at least 1)" in workplace.zoray("status", "wide").stdout
-    machines.add()
-    (row,) = json.loads(workplace.zoray("list", "--json").stdout)
-    assert (row["run"], row["target"], row["progress"]["max_steps"]) == ("wide", 4, 200)
-    run.joined("r2")
-
-    # From here on less is wanted than there is.
-    assert workplace.api("wide", "print(run.scale(1).state)") == "running\n"
-    until(lambda: run.log.count("leaves: it was asked to leave") == 2, "the leave of two replicas")
-    until(lambda: machines.demand() == 1, "the announcement of one replica")
-    assert "in progress: wide" in workplace.refused(6, "status", "nope")
-    assert "is being written by process" in workplace.refused(6, "resume", "wide")
-    assert "at the next step boundary" in workplace.zoray("stop", "wide").stdout
-    assert run.ends() == 130 and "zoray resume wide" in run.text
-    assert machines.demand() == 0
-
-    workplace.full_speed()
-    workplace.start("resume", "wide", "replicas=1").ends_as(undisturbed)
 
 
 def test_accelerators_that_no_machine_has(machines: Machines, workplace: Workplace) -> None:
