@@ -146,7 +146,6 @@ BAD: list[tuple[dict[str, Any], type[ZorayError], str]] = [
     ({"model": "/no/such/model"}, ModelError, "/no/such/model"),
     ({"task": {"train": "/no/such/data.jsonl"}}, DataError, "/no/such/data.jsonl"),
     ({"gpus_per_replica": 1.0}, ResourceError, "GPU"),
-    ({"replicas": 50}, ResourceError, "50 replicas"),
 ]
 
 
