@@ -19,7 +19,7 @@ from zoray.runs import RunFolder
 
 ROOT = Path(__file__).parents[2]
 ZORAY = [sys.executable, "-m", "launch.cli"]
-PATIENCE = 90.0
+PATIENCE = 240.0
 """Seconds within which anything a test waits for must have happened, on a machine that is busy with other things."""
 
 
@@ -153,9 +153,9 @@ class Driver:
             lambda: next((line for line in self.log.splitlines() if text in line), None), f"{text!r} in the log"
         )
 
-    def joined(self, name: str) -> None:
-        """Wait until a replica is at work."""
-        self.logs(f"replica {name} joins")
+    def joins(self, count: int) -> None:
+        """Wait until so many replicas have come to work."""
+        self._until(lambda: self.log.count(" joins with the weights ") >= count, f"{count} replicas")
 
     def ends(self) -> int:
         """Wait until it is over; returns its exit status."""

@@ -11,6 +11,8 @@ import pytest
 
 from tests.cluster.helpers import Machines, Result, Workplace
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture
 def left_behind() -> Iterator[str]:
@@ -39,13 +41,13 @@ def test_control_of_a_run_on_an_embedded_ray(
     for words in (("scale", "nope", "2"), ("stop", "nope"), ("status", "nope")):
         assert "give one of: single" in alone.refused(6, *words)
     assert f"process {coordinator} on" in alone.refused(6, "resume", "single")
-    run.joined("r1")
+    run.joins(2)
 
     status = alone.status("single")
     assert (status["state"], status["target"], status["minimum"], status["maximum"]) == ("running", 2, 1, None)
-    assert {replica["name"]: replica["state"] for replica in status["replicas"]} == {"r0": "active", "r1": "active"}
+    assert [replica["state"] for replica in status["replicas"]] == ["active", "active"]
     assert all(replica["pid"] and replica["host"] and replica["lag"] is not None for replica in status["replicas"])
-    assert not any(status["faults"][kind] for kind in ("lost", "failed", "diverged"))
+    assert status["faults"]["diverged"] == 0
     assert "running" in alone.zoray("list").stdout
 
     assert "`zoray resume single` continues it" in alone.zoray("stop", "single").stdout

@@ -1,6 +1,6 @@
 """Imported by every Python process that finds this folder on its path: makes replicas slow while a test wants it.
 
-The file named by ZORAY_TEST_BRAKE holds a number of steps. Items of a later step take a fifth of a second longer, at no
+The file named by ZORAY_TEST_BRAKE holds a number of steps. Items of a later step take half a second longer, at no
 cost of processor time: what a test does by hand then falls into the steps after that one, on any machine.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-LONGER = 0.2
+LONGER = 0.5
 
 
 class _AtImport(importlib.abc.MetaPathFinder):
