@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from zoray.config import RunConfig
+from zoray.errors import ZorayError
 from zoray.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -110,6 +111,13 @@ class Watcher:
         again = [] if finish.reason == "done" else [f"zoray resume {name}"]
         for command in (*again, f"zoray verify {name}", f"zoray export {name} --to DIR", f"zoray plot {name}"):
             self.console.print(f"  {command}", markup=False)
+
+    def cut_off(self, error: ZorayError) -> None:
+        """The signal that was to stop the run has ended its coordinator too."""
+        if self._live is not None:
+            self._live.stop()
+        self.console.print("stopped by a signal to all processes of this command, before the end of the step")
+        self.console.print(f"  {error.advice}", markup=False)
 
     def _say_exchange(self, progress: Progress) -> None:
         """Bytes exchanged, against what data-parallel training would have sent for the same steps."""

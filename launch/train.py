@@ -88,12 +88,25 @@ def _follow(folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: b
     watcher.begin(prepared, place)
     running = coordinator.run.remote()
     with _interrupts(lambda: coordinator.stop.remote()) as interrupted:
-        while not ray.wait([running], timeout=watcher.interval)[0]:
-            watcher.show(_receive(coordinator.progress.remote(), folder), stopping=interrupted.is_set())
-    finish = _receive(running, folder)
-    watcher.end(_receive(coordinator.progress.remote(), folder), finish)
+        try:
+            while not ray.wait([running], timeout=watcher.interval)[0]:
+                watcher.show(_receive(coordinator.progress.remote(), folder), stopping=interrupted.is_set())
+            finish = _receive(running, folder)
+            progress = _receive(coordinator.progress.remote(), folder)
+        except _CoordinatorDied as died:
+            if not (interrupted.is_set() and place.embedded):
+                raise
+            # `timeout`, Slurm and systemd send a signal to every process of a command, so to the embedded Ray's too.
+            ray.shutdown()
+            watcher.cut_off(died)
+            raise SystemExit(STOPPED) from None
+    watcher.end(progress, finish)
     ray.shutdown()
     _conclude(finish, folder)
+
+
+class _CoordinatorDied(ResourceError):
+    """The process of the coordinator is gone, its ledger is there."""
 
 
 def _receive(reference: Any, folder: RunFolder) -> Any:
@@ -112,7 +125,7 @@ def _receive(reference: Any, folder: RunFolder) -> Any:
     except RayError as error:
         if not isinstance(error, RayActorError) or not (folder.ledger / "commits.bin").exists():
             raise fault(error, "the coordinator") from None
-        raise ResourceError(
+        raise _CoordinatorDied(
             f"The coordinator of {folder.name} died: {first_line(error)}",
             where=str(folder.log),
             advice=f"nothing that was committed is lost: continue with `zoray resume {folder.reference}`",

@@ -76,6 +76,22 @@ def test_a_signal_ends_the_run_at_a_step_and_resume_ends_as_undisturbed(
     assert checked.returncode == 0 and "verified" in checked.stdout
 
 
+def test_a_signal_that_ends_the_coordinator_too_is_an_interruption(workplace: Path) -> None:
+    """As `timeout`, Slurm and systemd send it: to the processes of the embedded Ray as well."""
+    command = [*ZORAY, "train", "run.yaml", "run_name=a", "max_steps=200"]
+    with subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+        assert driver.stdout is not None
+        next(line for line in driver.stdout if line.startswith("step ") and not line.startswith("step 0"))
+        coordinator = RunFolder.find("a", str(workplace / "runs")).read_state()["pid"]
+        # Or it might stop at the end of a step before it is killed.
+        os.kill(coordinator, signal.SIGSTOP)
+        driver.send_signal(signal.SIGTERM)
+        os.kill(coordinator, signal.SIGKILL)
+        text = driver.stdout.read()
+    assert driver.returncode == 130, text
+    assert "stopped by a signal" in text and "zoray resume a" in text and "Traceback" not in text
+
+
 def test_the_commands_after_a_run(workplace: Path) -> None:
     done = zoray(workplace, "train", "run.yaml", "run_name=c", "max_steps=4", "eval_steps=2", "save_steps=2")
     assert done.returncode == 0, done.stdout + done.stderr
