@@ -5,13 +5,14 @@ Each part is a call to the replica, and its end begins the next one: the run goe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from actors.fleet import Fleet
 from actors.inbox import Inbox, fault
 from actors.replica import Introduction
-from zoray.errors import ZorayError
+from zoray.errors import ResourceError, ZorayError
 from zoray.identity import header_digest
 from zoray.ledger import Ledger
 from zoray.snapshot import heads
@@ -26,6 +27,14 @@ CHUNK = 512
 
 CLOSE = 2
 """A replica that lacks no more commits than this is ready: they come along with its first request."""
+
+PROCESS = 300.0
+"""Seconds within which a replica's process must be there: its machine may have given the room to other work."""
+
+PATIENCE, SLOWER = 120.0, 10.0
+"""Any later part of joining may take so many seconds, or so many times as long as the slowest that came to its end."""
+
+_APPEAR = "__ray_ready__"
 
 
 class Admission:
@@ -54,23 +63,47 @@ class Admission:
         self._fleet, self._inbox, self._journal, self._snapshots = fleet, inbox, journal, snapshots
         self._welcome, self._ready, self._failed = welcome, ready, failed
         self._heard: set[str] = set()
+        self._waiting: dict[str, tuple[str, float]] = {}
+        self._slowest: dict[str, float] = {}
         self.ledger: Ledger | None = None
         self.introductions: dict[str, Introduction] = {}
 
     def begin(self, name: str) -> None:
         """A replica's process was started."""
-        self._then(name, self._introduced, "introduce")
+        self._then(name, self._appeared, _APPEAR)
+
+    def check(self) -> None:
+        """Give up the replicas that hang in some part of joining; how long that may take is not known of the first."""
+        now = time.monotonic()
+        for name, (method, since) in list(self._waiting.items()):
+            if name not in self._fleet:
+                del self._waiting[name]
+                continue
+            slowest = self._slowest.get(method)
+            patience = max(PATIENCE, SLOWER * slowest) if slowest is not None else float("inf")
+            if now - since > (PROCESS if method == _APPEAR else patience):
+                del self._waiting[name]
+                self._failed(name, _hangs(name, method, now - since, slowest or 0.0))
 
     def _then(self, name: str, then: Callable[..., None], method: str, *arguments: object) -> None:
+        began = time.monotonic()
+        self._waiting[name] = method, began
+
         def done(value: object, error: BaseException | None) -> None:
             if name not in self._fleet:
                 return
+            del self._waiting[name]
+            if error is None:
+                self._slowest[method] = max(self._slowest.get(method, 0.0), time.monotonic() - began)
             if error is not None:
                 self._failed(name, fault(error, f"replica {name}"))
                 return
             then(name, value)
 
         self._inbox.watch(self._fleet.call(name, method, *arguments), done)
+
+    def _appeared(self, name: str, _: object) -> None:
+        self._then(name, self._introduced, "introduce")
 
     def _introduced(self, name: str, introduction: Introduction) -> None:
         try:
@@ -108,3 +141,14 @@ class Admission:
             if text not in self._heard:
                 self._heard.add(text)
                 self._journal.warn(text)
+
+
+def _hangs(name: str, method: str, seconds: float, slowest: float | None) -> ResourceError:
+    if method == _APPEAR:
+        what = f"replica {name} has no process after {seconds:.0f} s"
+        return ResourceError(what, advice="its machine has no room for it after all, or cannot start it")
+    part = {"introduce": "loading the model and the data", "join": "loading a snapshot"}.get(
+        method, "replaying commits"
+    )
+    what = f"replica {name} hangs: {seconds:.0f} s of {part}, which took others {slowest:.0f} s at most"
+    return ResourceError(what, advice="look at its machine and at the storage it reads from")

@@ -152,6 +152,7 @@ class Roster:
         # What was started a moment ago may not be in Ray's view of a machine's free resources yet.
         seen = NodesSeen(machines, time.monotonic() - _VIEW_LAG)
         self._inbox.put(partial(self._rebalance, seen))
+        self._inbox.put(self.admission.check)
 
     def _rebalance(self, event: MembershipEvent) -> None:
         self.members, actions = rebalance(self.members, event, time.monotonic())

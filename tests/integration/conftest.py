@@ -124,3 +124,18 @@ def warm(processes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the replicas of a test come from processes that have been replicas before."""
     monkeypatch.setattr(WarmFleet, "idle", processes, raising=False)
     monkeypatch.setattr("actors.roster.Fleet", WarmFleet)
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of the weights with which replicas have joined, before they replay."""
+    from actors.admission import Admission
+
+    original, steps = Admission._joined, list[int]()
+
+    def noted(self: Admission, name: str, result: tuple[int, tuple[str, ...]]) -> None:
+        steps.append(result[0])
+        original(self, name, result)
+
+    monkeypatch.setattr(Admission, "_joined", noted)
+    return steps

@@ -79,7 +79,9 @@ def test_a_signal_ends_the_run_at_a_step_and_resume_ends_as_undisturbed(
 def test_a_signal_that_ends_the_coordinator_too_is_an_interruption(workplace: Path) -> None:
     """As `timeout`, Slurm and systemd send it: to the processes of the embedded Ray as well."""
     command = [*ZORAY, "train", "run.yaml", "run_name=a", "max_steps=200"]
-    with subprocess.Popen(command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+    with subprocess.Popen(
+        command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as driver:
         assert driver.stdout is not None
         next(line for line in driver.stdout if line.startswith("step ") and not line.startswith("step 0"))
         coordinator = RunFolder.find("a", str(workplace / "runs")).read_state()["pid"]

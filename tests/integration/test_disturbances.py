@@ -56,20 +56,6 @@ def stopping(step: int) -> Callable[[Any, Any], None]:
     return after(step, lambda coordinator: coordinator.stop())
 
 
-def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps of the weights with which replicas join from now on, before they replay."""
-    from actors.admission import Admission
-
-    original, steps = Admission._joined, list[int]()
-
-    def noted(self: Admission, name: str, result: tuple[int, tuple[str, ...]]) -> None:
-        steps.append(result[0])
-        original(self, name, result)
-
-    monkeypatch.setattr(Admission, "_joined", noted)
-    return steps
-
-
 def test_the_digest_is_that_of_a_replay(undisturbed: Ran) -> None:
     ledger = Ledger.open(undisturbed.folder.ledger, repair=False)
     replica = base_replica(undisturbed.folder.config(), ledger)
@@ -80,15 +66,15 @@ def test_the_digest_is_that_of_a_replay(undisturbed: Ran) -> None:
 
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_stopped_at_each_step(
-    step: int, warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch, monkeypatch: pytest.MonkeyPatch
+    step: int, warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch, joined: list[int]
 ) -> None:
     first = launch(inputs.config(replicas=1 + step % 2, save_steps=2), at=stopping(step))
     assert (first.finish.reason, first.finish.step) == ("stopped", step)
     assert undisturbed.ledger.startswith(first.ledger)
-    steps = joined(monkeypatch)
+    joined.clear()
     again = launch(inputs.config(replicas=3 - step % 2), first.folder)
     # A snapshot is written by one replica while a stop may already have been asked for.
-    assert set(steps) == {max([0, *(s for s in (2, 4) if (first.folder.snapshots / f"step-{s}").exists())])}
+    assert set(joined) == {max([0, *(s for s in (2, 4) if (first.folder.snapshots / f"step-{s}").exists())])}
     assert (again.ledger, again.finish) == (undisturbed.ledger, undisturbed.finish)
 
 
@@ -103,16 +89,16 @@ def test_stopped_twice_ends_at_once(warm: None, undisturbed: Ran, inputs: Inputs
 
 
 def test_damaged_snapshots_are_passed_over_with_a_warning(
-    warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch, monkeypatch: pytest.MonkeyPatch
+    warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch, joined: list[int]
 ) -> None:
     first = launch(inputs.config(replicas=1, save_steps=2), at=stopping(5))
     weights = first.folder.snapshots / "step-4" / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1
     weights.write_bytes(data)
-    steps = joined(monkeypatch)
+    joined.clear()
     again = launch(inputs.config(replicas=2), first.folder)
-    assert steps == [2, 2]
+    assert joined == [2, 2]
     assert again.ledger == undisturbed.ledger
     told = [text for text in again.coordinator.progress().warnings if "step-4" in text]
     assert len(told) == 1 and "passed over" in told[0]
