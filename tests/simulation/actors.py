@@ -239,6 +239,7 @@ class SimulatedCoordinator:
             self.ledger.cut(step)
         except LedgerError as error:
             return AppendFailed(step, error.what)
+        self.world.rewound()
         skipped = 0
         for commit in self.ledger.commits():
             skipped = 0 if commit.applied else skipped + 1

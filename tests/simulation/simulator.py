@@ -151,6 +151,9 @@ class Simulation:
         for replica in self.replicas.values():
             self.crash(replica, silent=True)
         self.excused = set(self.replicas)
+
+    def rewound(self) -> None:
+        """The commits are gone for good, and with them whatever a wrong replica had to do with."""
         self.tainted = any(replica.flipped for replica in self.replicas.values() if replica.alive)
 
     def finishing(self, finish: Finish) -> None:

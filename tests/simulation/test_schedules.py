@@ -101,13 +101,47 @@ def test_flipped_weights_are_found_later_and_the_run_goes_back(seed: int) -> Non
     assert not simulation.flips and simulation.met["diverged"] >= 1
 
 
-def test_going_back_is_met() -> None:
-    def seldom(problem: Problem, chaos: Chaos, count: int) -> tuple[Problem, Chaos, int]:
-        problem, chaos, count = calm(problem, chaos, count)
-        return Problem(replace(problem.settings, digest_every=3)), chaos, count
+def every_third(problem: Problem, chaos: Chaos, count: int) -> tuple[Problem, Chaos, int]:
+    problem, chaos, count = calm(problem, chaos, count)
+    return Problem(replace(problem.settings, digest_every=3)), chaos, count
 
-    met = Counter(Simulation(step, change=seldom, flips={"r1": step}).run().met["rewinds"] for step in range(1, 7))
+
+def test_going_back_is_met() -> None:
+    met = Counter(Simulation(step, change=every_third, flips={"r1": step}).run().met["rewinds"] for step in range(1, 7))
     assert met[1] >= 3
+
+
+def ends_as_undisturbed(simulation: Simulation) -> bool:
+    """It may end otherwise only if the coordinator died, or its disk failed, with what it knew of a wrong replica."""
+    try:
+        simulation.run()
+    except InvariantError as error:
+        assert simulation.tainted and "the ledger differs" in str(error), error
+        assert simulation.met["power cuts"] or simulation.met["finished: storage"]
+        return False
+    return True
+
+
+@pytest.mark.parametrize("fault", ["cut", "torn", "full"])
+def test_fault_in_every_system_call_of_a_run_that_goes_back(fault: str) -> None:
+    ends = list[bool]()
+    while True:
+        simulation = Simulation(0, change=every_third, flips={"r1": 2}, disk_fault=(len(ends) + 1, fault))
+        ends.append(ends_as_undisturbed(simulation))
+        if not simulation.disk.faults:
+            break
+    assert ends.count(False) <= 6 * 4, "more is lost than what was not compared yet"
+    assert ends.count(True) > len(ends) / 2
+
+
+def test_power_cut_before_every_action_of_a_run_that_goes_back() -> None:
+    ends = list[bool]()
+    while True:
+        simulation = Simulation(0, change=every_third, flips={"r1": 2}, cut_before_action=len(ends) + 1)
+        ends.append(ends_as_undisturbed(simulation))
+        if not simulation.met["power cuts"]:
+            break
+    assert ends[-1] and ends.count(True) > len(ends) / 2
 
 
 def _pretend(coordinator: SimulatedCoordinator, step: int) -> Event:
@@ -136,8 +170,7 @@ def test_a_machine_five_times_slower_costs_no_more_than_its_share_of_the_tail(se
     rate of 3.2 replicas; what remains is the last probe of the slow one, until it is late and given to another as well.
     """
     settings = Settings(
-        max_steps=20, directions=16, learning_rate=lambda step: 0.01, late_minimum=0.5, prove_newcomers=False,
-        digest_share=0.0,
+        max_steps=20, directions=16, learning_rate=lambda step: 0.01, late_minimum=0.5,
     )  # fmt: skip
 
     def even(_: Problem, __: Chaos, ___: int) -> tuple[Problem, Chaos, int]:
