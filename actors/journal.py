@@ -75,6 +75,7 @@ class Journal:
     def __init__(self, folder: RunFolder, exporter: Exporter, max_steps: int) -> None:
         self.folder, self.exporter, self.progress = folder, exporter, Progress(0, max_steps)
         self._tokens = 0.0
+        self._sent = self._received = 0
         self._recent: deque[Split] = deque(maxlen=_RECENT)
         self._log = _file_logger(folder)
 
@@ -97,14 +98,19 @@ class Journal:
         self.progress = replace(self.progress, warnings=(*self.progress.warnings, text))
 
     def exchanged(self, sent: int = 0, received: int = 0) -> None:
-        """Count bytes between the coordinator and a replica."""
-        self.progress = replace(
-            self.progress, sent=self.progress.sent + sent, received=self.progress.received + received
-        )
-        self.exporter.exchanged(sent, received)
+        """Count bytes between the coordinator and a replica; told with the next step, because this is done for each."""
+        self._sent += sent
+        self._received += received
+
+    def _tell_exchanged(self) -> None:
+        progress = self.progress
+        self.exporter.exchanged(self._sent, self._received)
+        self.progress = replace(progress, sent=progress.sent + self._sent, received=progress.received + self._received)
+        self._sent = self._received = 0
 
     def finished(self, ledger_bytes: int) -> None:
         """The run is over."""
+        self._tell_exchanged()
         self.progress = replace(self.progress, finished=True, ledger_bytes=ledger_bytes)
 
     def rewound(self, step: int) -> None:
@@ -142,6 +148,7 @@ class Journal:
         commit = record.durable - record.decided
         split = Split(total, probe, commit, max(0.0, total - probe - commit))
         self._recent.append(split)
+        self._tell_exchanged()
         mean = Split(*(math.fsum(getattr(s, n) for s in self._recent) / len(self._recent) for n in Split.__slots__))
         row = self._step_row(record, split)
         self.folder.append("steps", row)
