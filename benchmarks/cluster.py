@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -23,7 +24,7 @@ from benchmarks.common import Row, opt_125m, write_section
 from zoray.config import RunConfig
 from zoray.runs import RunFolder
 
-DIRECTIONS = 16
+DIRECTIONS, FORWARDS = 16, 3
 
 
 def make_inputs(folder: Path, large: bool) -> dict[str, object]:
@@ -104,20 +105,62 @@ def exchange(folder: Path, steps: int) -> list[Row]:
 
 
 def throughput(folder: Path, pairs: int) -> list[Row]:
-    """Probes per second of two one-thread replicas against one, the OPT-125M shape, in turn."""
+    """Probes per second of two one-thread replicas against one, the OPT-125M shape, in turn.
+
+    In the same turns: what two processes that run plain forwards and know nothing of each other get done against one.
+    """
     inputs = make_inputs(folder, large=True)
-    keys = {"directions": 4, "per_direction_batch_size": 8, "max_steps": 4}
-    ratios = []
+    keys = {"directions": 4, "per_direction_batch_size": 8, "max_steps": 3}
+    replicas, processes = list[float](), list[float]()
+    remote: Any = ray.remote(Plain)
     for _ in range(pairs):
         seconds = {}
-        for replicas in (1, 2):
-            rows, _, _ = run(inputs, replicas=replicas, **keys)
-            # The first step warms up; the others are all alike.
-            seconds[replicas] = statistics.median(row["seconds"] for row in rows[1:])
-        ratios.append(seconds[1] / seconds[2])
-    ratio = statistics.median(ratios)
-    spread = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return [Row("throughput of 2 one-thread replicas / 1", spread, "≥ 1.9", ratio >= 1.9)]
+        for count in (1, 2):
+            rows, _, _ = run(inputs, replicas=count, **keys)
+            # The first step warms up.
+            seconds[count] = statistics.median(row["seconds"] for row in rows[1:])
+        replicas.append(seconds[1] / seconds[2])
+        plain = [remote.options(num_cpus=0).remote(inputs["model"]) for _ in range(2)]
+        ray.get([each.forward.remote(1) for each in plain])
+        alone = ray.get(plain[0].forward.remote(FORWARDS))
+        together = ray.get([each.forward.remote(FORWARDS) for each in plain])
+        processes.append(2 * alone / max(together))
+        for each in plain:
+            ray.kill(each)
+    of_hardware = [ours / theirs for ours, theirs in zip(replicas, processes, strict=True)]
+    return [
+        Row("throughput of 2 one-thread replicas / 1", spread(replicas), "≥ 1.9", statistics.median(replicas) >= 1.9),
+        Row("the same of plain forwards in 2 processes that share nothing but the machine", spread(processes),
+            "reported", None),
+        Row("the first against the second", spread(of_hardware), "", None),
+    ]  # fmt: skip
+
+
+class Plain:
+    """A process that runs plain one-thread forwards of the rows of a probe."""
+
+    def __init__(self, model: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+        self.rows = torch.arange(16 * 64).view(16, 64) % 400
+
+    def forward(self, times: int) -> float:
+        """Seconds for so many forwards."""
+        import torch
+
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(times):
+                self.model(self.rows)
+        return time.perf_counter() - began
+
+
+def spread(ratios: list[float]) -> str:
+    """Median, smallest and largest."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
