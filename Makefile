@@ -10,9 +10,10 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-TESTS := tests/unit tests/simulation tests/integration
+# Those that start Ray come first and one after the other, in one of the two processes.
+TESTS := tests/cluster tests/integration tests/unit tests/simulation
 
-.PHONY: help .venv quickstart test cluster soak gpu lint format bench docs clean
+.PHONY: help .venv quickstart test soak gpu lint format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,11 +28,8 @@ help: ## this list
 quickstart: .venv/.stamp ## fine-tune a real model on real text, about three minutes on two cores
 	$(BIN)/python -m launch.quickstart
 
-test: .venv/.stamp ## unit, simulation and integration tests
-	$(BIN)/python -m pytest -m "not gpu" $(TESTS)
-
-cluster: .venv/.stamp ## several raylets, killed and drained; wants a machine that does nothing else meanwhile
-	$(BIN)/python -m pytest tests/cluster
+test: .venv/.stamp ## all tests but those that need an accelerator, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(TESTS)
 
 soak: .venv/.stamp ## what takes longer: 20,000 simulated schedules, then half an hour of kills on a real Ray
 	ZORAY_SCHEDULES=20000 $(BIN)/python -m pytest --timeout 3600 tests/simulation

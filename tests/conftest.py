@@ -27,6 +27,14 @@ VOCABULARY = 128
 """Rows of the embeddings of every tiny model."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what starts Ray run in one process, where pytest is spread over several."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in ("integration", "cluster"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 class TinyModel(Protocol):
     """`tiny_model(kind, folder, **config)`: a random model and its tokenizer saved to a folder, which is returned."""
 
