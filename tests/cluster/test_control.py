@@ -36,7 +36,7 @@ def test_control_of_a_run_on_an_embedded_ray(
     coordinator = run.folder.read_state()["pid"]
     watchers = [alone.start("watch", "single") for _ in range(2)]
     for watcher in watchers:
-        until(lambda watcher=watcher: "step 1" in watcher.text, "the first line of one who watches")
+        until(lambda watcher=watcher: "/200" in watcher.text, "the first line of one who watches")
 
     done = alone.zoray("scale", "single", "2")
     assert "2 replicas wanted, instead of 1; 1 at work" in done.stdout and not done.stderr

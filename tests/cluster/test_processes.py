@@ -37,7 +37,7 @@ def test_the_coordinator_and_the_driver_are_killed(
     assert "in progress: mortal" in workplace.refused(6, "stop", "nope")
     run.joins(3)
     watcher = workplace.start("watch", "mortal")
-    until(lambda: "step " in watcher.text, "the first line of the one who watches")
+    until(lambda: "/200" in watcher.text, "the first line of the one who watches")
     # Less than there is: one of the three leaves.
     assert workplace.api("mortal", "print(run.scale(2).target)") == "4\n"
     run.logs("leaves: it was asked to leave")
