@@ -22,7 +22,7 @@ help: ## this list
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,lora,plot,minilm]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,lora,plot,minilm,tensorboard]"
 	@touch $@
 
 quickstart: .venv/.stamp ## fine-tune a real model on real text, about three minutes on two cores

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections import deque
 from contextlib import ExitStack, suppress
@@ -30,6 +31,7 @@ from actors.replica import Introduction
 from actors.roster import Roster
 from actors.settings import settings
 from actors.status import RunStatus, describe
+from actors.trackers import Trackers, require
 from zoray.config import RunConfig
 from zoray.errors import LedgerError, RunError
 from zoray.identity import check_header, check_newcomer
@@ -87,7 +89,7 @@ class Coordinator:
         self.lock = RunLock(self.folder.path)
         self.inbox = Inbox()
         self.exporter = Exporter(self.folder.name, config.model, config.max_steps)
-        self.journal = Journal(self.folder, self.exporter, config.max_steps)
+        self.journal = Journal(self.folder, self.exporter, config.max_steps, Trackers(config, self.folder))
         self.events: deque[Event] = deque()
         self.roster = Roster(
             config, self.folder, self.inbox, self.journal, embedded, welcome=self._welcome, tell=self.events.append
@@ -95,6 +97,7 @@ class Coordinator:
         self._ledger: Ledger | None = None
         self.state: State | None = None
         self.finish: Finish | None = None
+        self._ended = threading.Event()
         self._ticked = 0.0
 
     @property
@@ -129,6 +132,7 @@ class Coordinator:
             self._conclude(self.finish)
             return self.finish
         finally:
+            self._ended.set()
             self._shut()
 
     def stop(self) -> None:
@@ -149,8 +153,9 @@ class Coordinator:
         """Where the run is."""
         return self.journal.progress
 
-    def status(self) -> RunStatus:
-        """Where the run is, and its replicas."""
+    def status(self, wait: float = 0.0) -> RunStatus:
+        """Where the run is, and its replicas, after some seconds, or as soon as it has ended."""
+        self._ended.wait(wait)
         return describe(
             self.folder.name,
             self.finish,
@@ -259,13 +264,14 @@ class Coordinator:
 
     def _prepare(self, resume: bool) -> Prepared:
         self._resume = resume
+        require(self.config, socket.gethostname())
         url = f"http://{socket.gethostname()}:{self.exporter.serve(self.config.metrics_port)}/metrics"
         sweep(self.folder.snapshots)
         self._note_state("starting", metrics_url=url)
         self.roster.gather()
         first = self._first
         examples = self.config.per_direction_batch_size * self.config.directions * self.config.microbatches
-        self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example)
+        self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example, first.trainable)
         # Nothing that was made of commits that are not there (any more) may be taken for true.
         sweep(self.folder.snapshots, after=self.ledger.next_step)
         self.journal.rewound(self.ledger.next_step)
@@ -306,7 +312,8 @@ class Coordinator:
                     self.journal.digest(finish.step, finish.digest)
                 self.journal.say(f"{finish.reason}: {finish.text}")
                 self._note_state(finish.reason, step=finish.step, text=finish.text)
-        self.journal.finished(sum(path.stat().st_size for path in self.folder.ledger.iterdir()))
+        size = sum(path.stat().st_size for path in self.folder.ledger.iterdir())
+        self.journal.finished(size, None if self.lock.lost else finish.reason)
 
     def _note_state(self, state: str, **more: object) -> None:
         """Write down for other processes who runs this run and where, or how it ended."""
@@ -314,13 +321,15 @@ class Coordinator:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "ray": context.gcs_address}
         who["auth"] = os.environ.get("RAY_AUTH_MODE")
         at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.folder.write_state({"state": state, "at": at, **who, **more})
+        trainable = self.journal.progress.trainable
+        self.folder.write_state({"state": state, "at": at, **who, "trainable": trainable, **more})
 
     def _shut(self) -> None:
         """Let everything go, whatever fails; the run can be resumed from here on."""
         with ExitStack() as stack:
             stack.callback(self.lock.release)
             stack.callback(self.exporter.close)
+            stack.callback(self.journal.close)
             if self._ledger is not None:
                 stack.callback(self._ledger.close)
             stack.callback(self.roster.close)

@@ -8,11 +8,14 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+from actors.curve import Curve, Points
 from actors.exporter import Exporter
+from actors.trackers import Trackers
 from zoray.protocol import Evaluation, StepRecord
 from zoray.runs import RunFolder
 
-_RECENT = 50
+RECENT = 50
+"""Steps over which times are averaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Progress:
         sent, received: bytes between the coordinator and all replicas since it started.
         remaining: seconds left, None while unknown.
         replica_steps: steps since it started, each counted once for every replica there was.
+        trainable: weights that are trained; 0 while unknown.
+        curve: of the training loss, from the first step on: (step, mean loss around it).
         ledger_bytes: size of the ledger, when the run is over.
         warnings: all so far.
         metrics_url: where Prometheus finds the run.
@@ -57,6 +62,8 @@ class Progress:
     received: int = 0
     remaining: float | None = None
     replica_steps: int = 0
+    trainable: int = 0
+    curve: Points = ()
     ledger_bytes: int = 0
     warnings: tuple[str, ...] = ()
     metrics_url: str = ""
@@ -70,18 +77,21 @@ class Journal:
         folder: of the run.
         exporter: of its metrics.
         max_steps: steps of the run.
+        trackers: to be told of it too.
     """
 
-    def __init__(self, folder: RunFolder, exporter: Exporter, max_steps: int) -> None:
+    def __init__(self, folder: RunFolder, exporter: Exporter, max_steps: int, trackers: Trackers | None = None) -> None:
         self.folder, self.exporter, self.progress = folder, exporter, Progress(0, max_steps)
+        self._trackers = trackers
+        self._curve = Curve()
         self._tokens = 0.0
         self._sent = self._received = 0
-        self._recent: deque[Split] = deque(maxlen=_RECENT)
+        self._recent: deque[Split] = deque(maxlen=RECENT)
         self._log = _file_logger(folder)
 
-    def begin(self, step: int, metrics_url: str, tokens_per_step: float) -> None:
+    def begin(self, step: int, metrics_url: str, tokens_per_step: float, trainable: int = 0) -> None:
         """The run is about to start, or to continue, at a step."""
-        self.progress = replace(self.progress, step=step, metrics_url=metrics_url)
+        self.progress = replace(self.progress, step=step, metrics_url=metrics_url, trainable=trainable)
         self._tokens = tokens_per_step
         self.exporter.begin(step)
         for row in self.folder.rows("evaluations"):
@@ -108,18 +118,28 @@ class Journal:
         self.progress = replace(progress, sent=progress.sent + self._sent, received=progress.received + self._received)
         self._sent = self._received = 0
 
-    def finished(self, ledger_bytes: int) -> None:
-        """The run is over."""
+    def finished(self, ledger_bytes: int, reason: str | None = "done") -> None:
+        """The run is over, as `Finish` says; None: for this coordinator alone."""
         self._tell_exchanged()
         self.progress = replace(self.progress, finished=True, ledger_bytes=ledger_bytes)
+        self.close(reason)
+
+    def close(self, reason: str | None = None) -> None:
+        """Let the trackers go, whether or not the run is over."""
+        if self._trackers is not None:
+            self._trackers.close(reason)
+            self._hear()
 
     def rewound(self, step: int) -> None:
         """The steps from this one on are computed again: nothing recorded of them is true."""
         for table in ("steps", "evaluations", "digests"):
             # An evaluation and a digest at this step are of weights that stay.
             self.folder.forget(table, step - 1 if table == "steps" else step)
-        self.progress = replace(self.progress, step=step)
+        self._curve = Curve.of((int(row["step"]), row["loss"]) for row in self.folder.rows("steps"))
+        self.progress = replace(self.progress, step=step, curve=self._curve.points)
         self.exporter.begin(step)
+        if self._trackers is not None:
+            self._trackers.begin(step)
 
     def report(self, record: StepRecord) -> None:
         """A step is committed, or the last evaluation is in."""
@@ -127,17 +147,25 @@ class Journal:
             self._evaluated(record.evaluation)
             self.folder.append("evaluations", _evaluation_row(record.step, record.evaluation))
             self.exporter.evaluated(record.evaluation)
+            if self._trackers is not None:
+                self._trackers.evaluation(record.step, record.evaluation)
             loss, error = record.evaluation.loss, record.evaluation.standard_error
             self._log.info("step %d: held-out loss %.4f ± %.4f", record.step, loss, error)
         if record.digest is not None:
             self.digest(record.step, record.digest)
         if record.aggregate is not None:
             self._committed(record)
+        self._hear()
 
     def digest(self, step: int, digest: int) -> None:
         """The replicas agree on the digest of the weights at a step."""
         self.folder.append("digests", {"step": step, "digest": f"{digest:016x}"})
         self._log.info("step %d: digest %016x", step, digest)
+
+    def _hear(self) -> None:
+        """Say which trackers have failed."""
+        for text in self._trackers.dropped() if self._trackers is not None else ():
+            self.warn(text)
 
     def _evaluated(self, evaluation: Evaluation) -> None:
         self.progress = replace(self.progress, first=self.progress.first or evaluation, last=evaluation)
@@ -153,6 +181,9 @@ class Journal:
         row = self._step_row(record, split)
         self.folder.append("steps", row)
         self.exporter.committed(record, split, self._tokens)
+        if self._trackers is not None:
+            self._trackers.step(row, record.counters)
+        self._curve.add(record.step, row["loss"])
         left = self.progress.max_steps - record.step - 1
         self.progress = replace(
             self.progress,
@@ -162,6 +193,7 @@ class Journal:
             split=mean,
             replicas=record.replicas,
             replica_steps=self.progress.replica_steps + record.replicas,
+            curve=self._curve.points,
             remaining=left * mean.total,
         )
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from actors.journal import Progress
-from actors.replica import Introduction
 from zoray.protocol import Finish, State
 from zoray.protocol.membership import Membership
+
+if TYPE_CHECKING:
+    # It comes with torch, which whoever looks at a run from outside can do without.
+    from actors.replica import Introduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ class RunStatus:
         replicas: those there are.
         progress: step, losses, speed, bytes, time left.
         faults: counters by kind.
+        text: how it ended; None while it goes on.
     """
 
     run: str
@@ -59,6 +64,7 @@ class RunStatus:
     replicas: tuple[ReplicaStatus, ...]
     progress: Progress
     faults: dict[str, int]
+    text: str | None = None
 
 
 def describe(
@@ -98,4 +104,5 @@ def describe(
         replicas=tuple(replicas),
         progress=progress,
         faults=asdict(state.counters) if state else {},
+        text=finish.text if finish else None,
     )

@@ -106,6 +106,14 @@ def status(run: Run, as_json: Json = False, output_dir: Runs = "runs", address: 
 
 
 @app.command()
+def watch(run: Run, output_dir: Runs = "runs", address: Address = None) -> None:
+    """Look at a run in the terminal until it ends. Ctrl-C leaves it going."""
+    from launch.watch import watch as look
+
+    look(run, output_dir, address)
+
+
+@app.command()
 def scale(
     run: Run,
     replicas: Annotated[int, typer.Argument(help="How many replicas there should be.")],

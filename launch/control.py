@@ -41,13 +41,13 @@ class Run:
     def __init__(self, name: str, coordinator: Any) -> None:
         self.name, self._coordinator = name, coordinator
 
-    def status(self) -> RunStatus:
-        """Where the run is, and its replicas.
+    def status(self, wait: float = 0.0) -> RunStatus:
+        """Where the run is, and its replicas, after some seconds, or as soon as it has ended.
 
         Raises:
             ZorayError: the coordinator died.
         """
-        return self._ask("status")  # type: ignore[no-any-return]
+        return self._ask("status", wait)  # type: ignore[no-any-return]
 
     def scale(self, replicas: int) -> RunStatus:
         """Change how many replicas there should be. The run goes on meanwhile, and its result does not change.

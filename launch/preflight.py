@@ -1,4 +1,4 @@
-"""What can be refused before anything is started: missing files, and more replicas than memory."""
+"""What can be refused before anything is started: missing files and trackers, and more replicas than memory."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def _columns(task: CausalLMTask | ClassificationTask) -> dict[str, CellKind]:
         return {task.text_column: "text", **pair, task.label_column: "label"}
     prompt: dict[str, CellKind] = {task.prompt_column: "text"} if task.prompt_column else {}
     return {**prompt, task.text_column: "text"}
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Refuse experiment trackers that are not installed, where the coordinator will run on this machine.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    from actors.trackers import require
+
+    if not os.environ.get("RAY_ADDRESS"):
+        require(config)
 
 
 def check_port(config: RunConfig) -> None:

@@ -37,11 +37,10 @@ class Watcher:
         self.console = Console(highlight=False, soft_wrap=True)
         self.interval = 0.25
         self._live: Live | None = None
-        self._said = self._shown = 0
-        self._next_line = 0
-        self._evaluations = 0
+        self._lines = Lines(self.console, config.logging_steps)
+        self._said = 0
         self._started = time.monotonic()
-        self._first_step = self._trainable = 0
+        self._first_step = 0
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -59,9 +58,7 @@ class Watcher:
     def begin(self, prepared: Prepared, place: Place) -> None:
         """The run is about to start."""
         self._started, self._first_step = time.monotonic(), prepared.next_step
-        self._next_line = prepared.next_step
         about = prepared.introduction
-        self._trainable = about.trainable
         share = "" if about.trainable == about.weights else f", {about.trainable:,} of them trained"
         config = self.config
         self.console.print(f"run {self.folder.name} on {place.words}", markup=False)
@@ -84,27 +81,21 @@ class Watcher:
         self._said = len(progress.warnings)
         if self._live is not None:
             self._live.update(panel(progress, stopping))
-            return
-        if progress.step >= self._next_line and progress.loss is not None:
-            self.console.print(line(progress), markup=False)
-            self._shown = progress.step
-            self._next_line = (progress.step // self.config.logging_steps + 1) * self.config.logging_steps
+        else:
+            self._lines.take(progress)
 
     def end(self, progress: Progress, finish: Finish) -> None:
         """Show what came of the run, and what can be done with it now."""
-        if self._live is None and self._shown < progress.step:
-            self._next_line = progress.step
         self.show(progress)
         if self._live is not None:
             self._live.stop()
+        else:
+            self._lines.rest(progress)
         seconds = time.monotonic() - self._started
         done = progress.step - self._first_step
         self.console.print(f"{finish.text}: {done} steps in {clock(seconds)}", markup=False)
-        if progress.last is not None and progress.first is progress.last:
-            self.console.print(f"  held-out loss {evaluated(progress.last)} before the first step", markup=False)
-        elif progress.first is not None and progress.last is not None:
-            self.console.print(f"  held-out loss {outcome(progress.first, progress.last)}", markup=False)
-        self._say_exchange(progress)
+        for text in closing(progress):
+            self.console.print(text, markup=False)
         if finish.digest is not None:
             self.console.print(f"  digest of the weights {finish.digest:016x}, the same on every replica")
         name = self.folder.reference
@@ -119,17 +110,55 @@ class Watcher:
         self.console.print("stopped by a signal to all processes of this command, before the end of the step")
         self.console.print(f"  {error.advice}", markup=False)
 
-    def _say_exchange(self, progress: Progress) -> None:
-        """Bytes exchanged, against what data-parallel training would have sent for the same steps."""
-        gradients = 2 * self._trainable * progress.replica_steps
-        exchanged = progress.sent + progress.received
-        text = f"  exchanged {size(exchanged)} in all; data-parallel training would have sent {size(gradients)}"
-        if exchanged and gradients > exchanged:
-            text += f", {gradients / exchanged:,.0f} times as much"
-        self.console.print(text, markup=False)
-        self.console.print(
-            f"  (2 bytes per trained weight, step and replica); the ledger has {size(progress.ledger_bytes)}"
-        )
+
+class Lines:
+    """Where a run is, in lines: one every so many steps.
+
+    Args:
+        console: to print them on.
+        every: steps from one line to the next.
+    """
+
+    def __init__(self, console: Console, every: int) -> None:
+        self.console, self.every = console, every
+        self._next = self._shown = 0
+
+    def take(self, progress: Progress) -> None:
+        """Print a line if one is due."""
+        if progress.step >= self._next and progress.loss is not None:
+            self.console.print(line(progress), markup=False)
+            self._shown = progress.step
+            self._next = (progress.step // self.every + 1) * self.every
+
+    def rest(self, progress: Progress) -> None:
+        """Print the last line, whether or not one is due."""
+        if self._shown < progress.step:
+            self._next = progress.step
+            self.take(progress)
+
+
+def closing(progress: Progress) -> list[str]:
+    """What came of a run: the evaluations, and the bytes against what data-parallel training would have sent."""
+    found = []
+    if progress.last is not None and progress.first is progress.last:
+        found.append(f"  held-out loss {evaluated(progress.last)} before the first step")
+    elif progress.first is not None and progress.last is not None:
+        found.append(f"  held-out loss {outcome(progress.first, progress.last)}")
+    found.append(f"  exchanged {exchanged(progress, ' in all', 'data-parallel training would have sent')}")
+    counted = ["(2 bytes per trained weight, step and replica)"] if progress.trainable else []
+    ledger = [f"the ledger has {size(progress.ledger_bytes)}"] if progress.ledger_bytes else []
+    return [*found, f"  {'; '.join((*counted, *ledger))}"] if counted or ledger else found
+
+
+def exchanged(progress: Progress, amount: str = "", instead: str = "data parallel") -> str:
+    """Bytes exchanged, and what data-parallel training would have sent for the same steps."""
+    sent, gradients = progress.sent + progress.received, 2 * progress.trainable * progress.replica_steps
+    text = f"{size(sent)}{amount}"
+    if gradients:
+        text += f"; {instead} {size(gradients)}"
+    if sent and gradients > sent:
+        text += f", {gradients / sent:,.0f} times as much"
+    return text
 
 
 def panel(progress: Progress, stopping: bool) -> RenderableType:
@@ -140,7 +169,7 @@ def panel(progress: Progress, stopping: bool) -> RenderableType:
     bar.add_task("stopping" if stopping else "step", total=progress.max_steps, completed=progress.step)
     table = Table.grid(padding=(0, 2))
     for label, value in facts(progress):
-        table.add_row(f"[dim]{label}[/dim]", value)
+        table.add_row(f"[dim]{label}[/dim]", exchanged(progress) if label == "exchanged" else value)
     return Group(bar, table)
 
 

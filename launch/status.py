@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.control import IN_PROGRESS, Known, attach, known, running, to_json
 from launch.progress import clock, facts
@@ -25,9 +26,9 @@ def show(run: str, as_json: bool, output_dir: str, address: str | None) -> None:
         RunError: there is no such run; the error lists those there are.
         ResourceError: its cluster cannot be reached.
     """
-    ended = _ended(run, output_dir) if not address else None
-    if ended is not None:
-        print(to_json(ended)) if as_json else _print_ended(ended)
+    told = ended(run, output_dir) if not address else None
+    if told is not None:
+        print(to_json(told)) if as_json else print_ended(told, Console(highlight=False, soft_wrap=True))
         return
     with attach(run, output_dir, address) as live:
         status = live.status()
@@ -84,7 +85,7 @@ def stop(run: str, output_dir: str, address: str | None) -> None:
     Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
-def _ended(run: str, output_dir: str) -> Known | None:
+def ended(run: str, output_dir: str) -> Known | None:
     """What is known of a run whose folder is here, unless it is in progress.
 
     Raises:
@@ -100,8 +101,8 @@ def _ended(run: str, output_dir: str) -> Known | None:
     return None if told.state in IN_PROGRESS else told
 
 
-def _print_ended(told: Known) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+def print_ended(told: Known, console: Console) -> None:
+    """Say how a run has ended."""
     what = told.text or told.words
     if told.state == "lost":
         what += f"; `zoray resume {told.reference}` continues with step {told.step}"
@@ -116,15 +117,25 @@ def _print_live(status: RunStatus) -> None:
     console.print(f"{status.run}: {status.state}, step {progress.step} of {progress.max_steps}", markup=False)
     limits = f"at least {status.minimum}" + (f", at most {status.maximum}" if status.maximum is not None else "")
     values = [(label, value) for label, value in facts(progress) if label != "replicas"]
-    for label, value in (*values, ("replicas", f"{_counts(status)}; {status.target} wanted ({limits})")):
+    for label, value in (*values, ("replicas", f"{counts(status)}; {status.target} wanted ({limits})")):
         console.print(f"  {label:<10} {value}", markup=False)
     met = [f"{kind} {count}" for kind, count in status.faults.items() if count]
     console.print(f"  {'faults':<10} {', '.join(met) or 'none'}", markup=False)
     console.print(f"  {'metrics':<10} {progress.metrics_url}", markup=False)
-    table = Table("replica", "state", "for", "step", "lag", "does", "process", "machine", box=None)
-    for replica in status.replicas:
-        table.add_row(*_replica_row(replica))
-    (console if console.is_terminal else Console(width=160)).print(table)
+    (console if console.is_terminal else Console(width=160)).print(replica_table(status))
+
+
+def replica_table(status: RunStatus, most: int | None = None) -> Table:
+    """The replicas of a run, a row each; not more than `most` of them, and how many there are beside."""
+    shown = status.replicas[:most]
+    left = len(status.replicas) - len(shown)
+    table = Table(box=None, caption=f"and {left} more" if left else None, caption_justify="left")
+    for column in ("replica", "state", "for", "step", "lag", "does", "process", "machine"):
+        # What there is no room for is taken from the other columns, and cut off.
+        table.add_column(column, no_wrap=column not in ("does", "process", "machine"))
+    for replica in shown:
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in _replica_row(replica)))
+    return table
 
 
 def _replica_row(replica: ReplicaStatus) -> tuple[str, ...]:
@@ -135,7 +146,8 @@ def _replica_row(replica: ReplicaStatus) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _counts(status: RunStatus) -> str:
+def counts(status: RunStatus) -> str:
+    """How many replicas are in which state."""
     states = [replica.state for replica in status.replicas]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.lock import RunLock
 from launch.cluster import Place, connect
-from launch.preflight import check_memory, check_paths, check_port
+from launch.preflight import check_memory, check_paths, check_port, check_trackers
 from launch.progress import Watcher
 from zoray.config import RunConfig, changed, load
 from zoray.errors import LedgerError, NumericsError, ResourceError, RunError, ZorayError
@@ -32,6 +32,7 @@ def train(config_path: str, overrides: list[str]) -> None:
     """
     config = load(config_path, overrides)
     check_port(config)
+    check_trackers(config)
     check_paths(config)
     check_memory(config)
     folder = RunFolder.create(config, Path(config_path).stem)
@@ -70,6 +71,7 @@ def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock:
             advice="start it anew with `zoray train`",
         )
     check_port(config)
+    check_trackers(config)
     check_memory(config)
     _follow(folder, config, resume=True, break_lock=break_lock)
 

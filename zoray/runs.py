@@ -6,6 +6,8 @@ metrics/         steps.jsonl, evaluations.jsonl, digests.jsonl: one JSON object 
 snapshots/       step-N/: weights at a step, to shorten replay
 log.txt          what happened, in words
 state.json       who runs it and where, or how it ended
+tensorboard/     event files, where `report_to` asks for them
+trackers/        NAME.json: under which id an experiment tracker knows the run
 """
 
 from __future__ import annotations
@@ -65,6 +67,11 @@ class RunFolder:
     def state_path(self) -> Path:
         """Who runs it and where, or how it ended."""
         return self.path / "state.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
 
     @staticmethod
     def create(config: RunConfig, stem: str) -> RunFolder:
@@ -130,11 +137,16 @@ class RunFolder:
 
     def read_state(self) -> dict[str, Any]:
         """What `write_state` said last; empty if nothing, or nothing that can be read."""
-        try:
-            state = json.loads(self.state_path.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) else {}
+        return _read(self.state_path)
+
+    def write_tracker(self, name: str, known: Mapping[str, Any]) -> None:
+        """Note under which id an experiment tracker knows the run."""
+        self._tracker(name).parent.mkdir(exist_ok=True)
+        _replace(self._tracker(name), json.dumps(known, indent=2).encode() + b"\n")
+
+    def read_tracker(self, name: str) -> dict[str, Any]:
+        """What `write_tracker` noted; empty if nothing, or nothing that can be read."""
+        return _read(self._tracker(name))
 
     def append(self, table: Table, row: Mapping[str, Any]) -> None:
         """Add one line to a table of metrics; one that a crash cut off does not swallow it."""
@@ -162,6 +174,9 @@ class RunFolder:
         if gone:
             _replace(self._table(table), b"".join(kept))
 
+    def _tracker(self, name: str) -> Path:
+        return self.path / "trackers" / f"{name}.json"
+
     def _table(self, table: Table) -> Path:
         return self.path / "metrics" / f"{table}.jsonl"
 
@@ -173,6 +188,14 @@ class RunFolder:
             except ValueError:
                 continue
             yield int(row["step"]), row, line
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _replace(path: Path, content: bytes) -> None:

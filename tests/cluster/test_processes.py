@@ -36,6 +36,8 @@ def test_the_coordinator_and_the_driver_are_killed(
     machines.add()
     assert "in progress: mortal" in workplace.refused(6, "stop", "nope")
     run.joins(3)
+    watcher = workplace.start("watch", "mortal")
+    until(lambda: "/200" in watcher.text, "the first line of the one who watches")
     # Less than there is: one of the three leaves.
     assert workplace.api("mortal", "print(run.scale(2).target)") == "4\n"
     run.logs("leaves: it was asked to leave")
@@ -49,6 +51,10 @@ def test_the_coordinator_and_the_driver_are_killed(
     assert run.ends() == 7, run.text
     assert "coordinator of mortal died" in run.text and "continue with `zoray resume mortal`" in run.text
     assert "Traceback" not in run.text
+    assert watcher.ends() == 6, watcher.text
+    for words in ("2 replicas wanted, instead of 4", "is gone, it was", "died after step", "`zoray resume mortal`"):
+        assert words in watcher.text
+    assert "Traceback" not in watcher.text
     until(lambda: all(map(gone, replicas)), "the end of the replicas")
     step = committed(run.folder)
     told = workplace.status("mortal")

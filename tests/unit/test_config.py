@@ -62,6 +62,17 @@ def test_defaults_are_those_of_the_design(file: Path) -> None:
     assert run.task.text_column == "text"
 
 
+def test_trackers_go_by_their_names(file: Path) -> None:
+    assert load(file).report_to == "none"
+    assert load(file, ["report_to=tensorboard"]).report_to == "tensorboard"
+    assert load(file, ["report_to=[wandb, mlflow]"]).report_to == ["wandb", "mlflow"]
+    assert "Did you mean tensorboard?" in refused(file, "report_to=tensorbord")
+    assert "Did you mean wandb?" in refused(file, "report_to=[mlflow, wandb_]")
+    assert "report_to" in refused(file, "report_to=3")
+    assert "Did you mean report_to?" in refused(file, "report_too=wandb")
+    assert changed(config(), config(report_to="all")) == []
+
+
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", ".1e-5"])
 def test_floats_without_a_point_are_floats(file: Path, text: str) -> None:
     file.write_text(MINIMAL + f"learning_rate: {text}\n")

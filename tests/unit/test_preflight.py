@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from launch.preflight import check_memory, check_paths, check_port, count_weights
+from launch.preflight import check_memory, check_paths, check_port, check_trackers, count_weights
 from zoray.config import RunConfig
-from zoray.errors import DataError, ModelError, ResourceError
+from zoray.errors import ConfigError, DataError, ModelError, ResourceError
 
 
 def config(model: Path | str, train: Path | str = "t", **keys: Any) -> RunConfig:
@@ -124,3 +124,15 @@ def test_a_taken_port_is_refused_before_anything_starts(monkeypatch: pytest.Monk
     monkeypatch.delenv("RAY_ADDRESS")
     check_port(config("m", metrics_port=port))
     check_port(config("m", metrics_port=0))
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("actors.trackers.base.installed", lambda name: False)
+    check_trackers(config("m"))
+    with pytest.raises(ConfigError, match="tensorboard is not installed") as caught:
+        check_trackers(config("m", report_to="tensorboard"))
+    assert "pip install 'zoray[tensorboard]'" in str(caught.value.advice)
+    # There it is another machine's affair.
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    check_trackers(config("m", report_to="tensorboard"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from zoray.config.compare import changed, mathematics, schedule_needs_max_steps
 from zoray.config.load import dump, load
-from zoray.config.schema import RunConfig
+from zoray.config.schema import RunConfig, TrackerName
 from zoray.config.sections import (
     CausalLMTask,
     ClassificationTask,
@@ -27,6 +27,7 @@ __all__ = [
     "MemoryConfig",
     "RunConfig",
     "TaskConfig",
+    "TrackerName",
     "TrainableLora",
     "changed",
     "dump",

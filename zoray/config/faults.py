@@ -17,7 +17,7 @@ from zoray.errors import ConfigError
 
 _TASK_KINDS = "'causal_lm', 'classification'"
 
-_TAGS = ("causal_lm", "classification", "name", "mapping", "str", "list[str]")
+_TAGS = ("causal_lm", "classification", "name", "mapping", "list", "str", "list[str]")
 """Elements pydantic puts into the place of an error for members of a union; they are no keys of the file."""
 
 _OTHER_NAMES = {
@@ -38,6 +38,8 @@ _OTHER_NAMES = {
     "workers": "replicas",
     "num_workers": "replicas",
     "save_interval": "save_steps",
+    "tracker": "report_to",
+    "trackers": "report_to",
 }
 
 

@@ -24,8 +24,16 @@ EXACT_SUM_LIMIT = 2**24
 """Sums of integers below this are exact in float32, whatever the order of summation."""
 
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+"""An experiment tracker, by the name it has in Hugging Face's `report_to`."""
+
+
 def _trainable_tag(value: Any) -> str:
     return "mapping" if isinstance(value, dict | BaseModel) else "name"
+
+
+def _report_tag(value: Any) -> str:
+    return "list" if isinstance(value, list) else "name"
 
 
 def _replicas_tag(value: Any) -> str:
@@ -167,7 +175,20 @@ class RunConfig(Section):
         0, "Port of `/metrics` and `/health`; 0 is any free one.", mathematics=False, ge=0, le=65535
     )
     logging_steps: int = key(
-        10, "Print a line every so many steps where there is no terminal.", mathematics=False, ge=1
+        10,
+        "Print a line every so many steps where there is no terminal, and tell the trackers of `report_to`.",
+        mathematics=False,
+        ge=1,
+    )
+    report_to: Annotated[
+        Annotated[Literal["none", "all", "tensorboard", "mlflow", "wandb"], Tag("name")]
+        | Annotated[list[TrackerName], Tag("list")],
+        Discriminator(_report_tag),
+    ] = key(
+        "none",
+        "Experiment trackers that are told losses, speed and faults: one, or a list of them; `all` means all that are "
+        "installed, `none` none. TensorBoard's files are in `tensorboard/` of the run's folder.",
+        mathematics=False,
     )
 
     @property
