@@ -179,6 +179,8 @@ class Coordinator:
         if now - self._ticked >= _TICK:
             self._ticked = now
             self.events.append(Tick())
+            if self.exporter.scraped():
+                self.roster.weigh()
 
     def _decide(self) -> None:
         """Let the kernel decide about every event there is, and carry out what it says."""
@@ -188,7 +190,7 @@ class Coordinator:
             for action in actions:
                 self._carry_out(action)
         assert self.state is not None
-        self.exporter.beat(self.roster.members, self.state.counters)
+        self.exporter.beat(self.roster.members, self.state)
 
     def _carry_out(self, action: Any) -> None:
         match action:
@@ -265,7 +267,7 @@ class Coordinator:
         self.roster.gather()
         first = self._first
         examples = self.config.per_direction_batch_size * self.config.directions * self.config.microbatches
-        self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example)
+        self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example, first.trainable)
         # Nothing that was made of commits that are not there (any more) may be taken for true.
         sweep(self.folder.snapshots, after=self.ledger.next_step)
         self.journal.rewound(self.ledger.next_step)

@@ -74,18 +74,27 @@ class Journal:
 
     def __init__(self, folder: RunFolder, exporter: Exporter, max_steps: int) -> None:
         self.folder, self.exporter, self.progress = folder, exporter, Progress(0, max_steps)
-        self._tokens = 0.0
+        self._tokens, self._gradients = 0.0, 0
         self._recent: deque[Split] = deque(maxlen=_RECENT)
         self._log = _file_logger(folder)
 
-    def begin(self, step: int, metrics_url: str, tokens_per_step: float) -> None:
-        """The run is about to start, or to continue, at a step."""
+    def begin(self, step: int, metrics_url: str, tokens_per_step: float, trainable: int = 0) -> None:
+        """The run is about to start, or to continue, at a step.
+
+        Args:
+            step: the first one that is not in the ledger.
+            metrics_url: where Prometheus finds the run.
+            tokens_per_step: of training data.
+            trainable: number of weights that are trained.
+        """
         self.progress = replace(self.progress, step=step, metrics_url=metrics_url)
-        self._tokens = tokens_per_step
+        self._tokens, self._gradients = tokens_per_step, 2 * trainable
         self.exporter.begin(step)
         for row in self.folder.rows("evaluations"):
             if row["step"] <= step:
                 self._evaluated(Evaluation(row["loss"], row["standard_error"], row["count"], row["correct"]))
+        if self.progress.last is not None:
+            self.exporter.evaluated(self.progress.last)
 
     def say(self, text: str) -> None:
         """A line in the log."""
@@ -145,7 +154,7 @@ class Journal:
         mean = Split(*(math.fsum(getattr(s, n) for s in self._recent) / len(self._recent) for n in Split.__slots__))
         row = self._step_row(record, split)
         self.folder.append("steps", row)
-        self.exporter.committed(record, split, self._tokens)
+        self.exporter.committed(record, split, self._tokens, self._gradients)
         left = self.progress.max_steps - record.step - 1
         self.progress = replace(
             self.progress,
