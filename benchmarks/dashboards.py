@@ -2,7 +2,7 @@
 
     python -m benchmarks.dashboards
 
-makes a run with a kill and a scale-up in it, watched by `zoray monitor`, and draws every panel of both dashboards into
+makes a run with a kill and a scale-up in it, watched by `zoray monitor`, and draws the curves of both dashboards into
 docs/: our own plot of the same queries over the same data, since no Grafana can be had on the machine of the tests.
 """
 
@@ -113,7 +113,7 @@ def draw(path: Path, api: Api, run: str, start: float, end: float, to: Path) -> 
     for axis in axes.flat[len(graphs) :]:
         axis.axis("off")
     title = json.loads(path.read_text())["title"]
-    facts = "    ".join(_fact(panel, api, run, end) for panel in found if panel.kind == "stat")
+    facts = "    ".join(_fact(panel, api, run, start, end) for panel in found if panel.kind == "stat")
     figure.suptitle(f"{title}\n{facts}\nseconds since the beginning of the run", fontsize=11)
     figure.savefig(to, dpi=70, format="png")
     plt.close(figure)
@@ -154,9 +154,10 @@ def _moments(api: Api, panel: Panel, run: str, start: float, end: float) -> list
     return times
 
 
-def _fact(panel: Panel, api: Api, run: str, end: float) -> str:
-    found = api.at(expand(panel.queries[0][1], run, "4s"), end)
-    return f"{panel.title}: {found[0][1][0][1]:,.4g}" if found else f"{panel.title}: -"
+def _fact(panel: Panel, api: Api, run: str, start: float, end: float) -> str:
+    # The last there was: at the very end the run is gone.
+    values = [v for _, points in api.over(expand(panel.queries[0][1], run, "4s"), start, end, 0.5) for _, v in points]
+    return f"{panel.title}: {values[-1]:,.4g}" if values else f"{panel.title}: -"
 
 
 def _watched(folder: Path) -> None:
