@@ -184,6 +184,8 @@ class Coordinator:
         if now - self._ticked >= _TICK:
             self._ticked = now
             self.events.append(Tick())
+            if self.exporter.scraped():
+                self.roster.weigh()
 
     def _decide(self) -> None:
         """Let the kernel decide about every event there is, and carry out what it says."""
@@ -193,7 +195,7 @@ class Coordinator:
             for action in actions:
                 self._carry_out(action)
         assert self.state is not None
-        self.exporter.beat(self.roster.members, self.state.counters)
+        self.exporter.beat(self.roster.members, self.state)
 
     def _carry_out(self, action: Any) -> None:
         match action:

@@ -12,25 +12,32 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 from prometheus_client import Counter as Total
 
+from actors.lookup import Lookup
 from zoray import __version__
 from zoray.errors import ResourceError
-from zoray.protocol import Counters, Evaluation, StepRecord
+from zoray.protocol import Counters, Evaluation, State, StepRecord
 from zoray.protocol.membership import Membership, SlotPhase
 
 if TYPE_CHECKING:
     from actors.journal import Split
 
+# When each counter began, as a series of its own: a third of the page, which nobody asks for.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 _STALLED = 30.0
+
+Change = Literal["started", "joined", "left", "lost"]
+"""What becomes of a replica: it is started, joins the run, and leaves as it was told to or is lost."""
 
 
 class Exporter:
@@ -52,18 +59,25 @@ class Exporter:
         info.labels(run, __version__, model).set(1)
         self._make(Gauge, "max_steps", "Steps of the run.").labels(run).set(max_steps)
         self._step = self._make(Gauge, "committed_steps", "Steps in the ledger.").labels(run)
-        self._loss = self._make(Gauge, "loss", "Mean loss of the last step's finite probes.").labels(run)
-        self._eval_loss = self._make(Gauge, "eval_loss", "Held-out loss of the latest evaluation.").labels(run)
+        self._committed = self._make(
+            Gauge, "last_commit_timestamp_seconds", "When the latest step was committed; at first, when this began."
+        ).labels(run)
+        self._committed.set_to_current_time()
+        # Without a child until there is a value: a loss of 0 would be the best there ever was.
+        self._loss = self._make(Gauge, "loss", "Mean loss of the last step's finite probes.")
+        self._eval_loss = self._make(Gauge, "eval_loss", "Held-out loss of the latest evaluation.")
         self._eval_accuracy = self._make(
             Gauge, "eval_accuracy_ratio", "Share of held-out examples classified right in the latest evaluation."
-        ).labels(run)
-        self._rate = self._make(Gauge, "learning_rate", "Learning rate of the last step.").labels(run)
+        )
+        self._rate = self._make(Gauge, "learning_rate", "Learning rate of the last step.")
         self._gradient = self._make(
             Gauge, "projected_gradient_rms", "Root mean square of the last step's projected gradients."
-        ).labels(run)
+        )
         self._replicas = self._make(Gauge, "replicas", "Replicas by state.", "state")
         self._target = self._make(Gauge, "target_replicas", "Replicas there should be.").labels(run)
         self._members: Membership | None = None
+        changes = self._make(Total, "replica_events_total", "What became of replicas.", "event")
+        self._changes = {change: changes.labels(run, change) for change in get_args(Change)}
         self._seconds = self._make(Histogram, "step_duration_seconds", "Duration of a step.").labels(run)
         self._phases = self._make(
             Total, "step_phase_seconds_total", "Seconds of steps by what they went to, per replica.", "phase"
@@ -73,9 +87,11 @@ class Exporter:
         ).labels(run)
         self._tokens = self._make(Total, "tokens_total", "Training tokens.").labels(run)
         self._probes = self._make(Total, "directions_total", "Directions probed.").labels(run)
-        self._bytes = self._make(
-            Total, "exchanged_bytes_total", "Bytes of requests (sent) and answers (received).", "flow"
-        )
+        flows = self._make(Total, "exchanged_bytes_total", "Bytes of requests (sent) and answers (received).", "flow")
+        self._sent, self._received = flows.labels(run, "sent"), flows.labels(run, "received")
+        self._gradients = self._make(
+            Total, "data_parallel_bytes_total", "Bytes that data-parallel training would have sent for the same steps."
+        ).labels(run)
         self._nonfinite = self._make(
             Total, "nonfinite_directions_total", "Directions left out because a scalar was not finite."
         ).labels(run)
@@ -84,16 +100,19 @@ class Exporter:
         self._kinds = self._make(Total, "faults_total", "Faults met, by kind.", "kind")
         for kind in Counters.__slots__:
             self._kinds.labels(run, kind)
+        self._lookup = Lookup(run)
+        self.registry.register(self._lookup)
 
     def _make(self, kind: Callable[..., Any], name: str, text: str, *labels: str) -> Any:
         options = {"buckets": _SECONDS} if kind is Histogram else {}
         return kind(f"zoray_{name}", text, ("run", *labels), registry=self.registry, **options)
 
-    def beat(self, members: Membership, counters: Counters) -> None:
+    def beat(self, members: Membership, state: State) -> None:
         """The coordinator's loop has turned."""
         self._alive = time.monotonic()
-        if counters is not self._faults:
-            self.faults(counters)
+        self._lookup.state = state
+        if state.counters is not self._faults:
+            self.faults(state.counters)
         if members is self._members:
             return
         self._members = members
@@ -106,30 +125,53 @@ class Exporter:
         """The run begins at a step."""
         self._step.set(step)
 
+    def changed(self, change: Change) -> None:
+        """Something became of a replica."""
+        self._changes[change].inc()
+
+    def scraped(self) -> bool:
+        """Whether somebody has asked for the metrics since this was last called."""
+        asked, self._lookup.asked = self._lookup.asked, False
+        return asked
+
+    def weighed(self, replica: str, memory: Mapping[str, int]) -> None:
+        """A replica has said how much memory it takes: bytes by kind."""
+        self._lookup.weighed(replica, memory)
+
     def exchanged(self, sent: int, received: int) -> None:
         """Bytes have been exchanged with a replica."""
-        self._bytes.labels(self._run, "sent").inc(sent)
-        self._bytes.labels(self._run, "received").inc(received)
+        self._sent.inc(sent)
+        self._received.inc(received)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """An evaluation is in."""
-        self._eval_loss.set(evaluation.loss)
-        self._eval_accuracy.set(evaluation.correct / evaluation.count if evaluation.count else float("nan"))
+        self._eval_loss.labels(self._run).set(evaluation.loss)
+        accuracy = evaluation.correct / evaluation.count if evaluation.count else float("nan")
+        self._eval_accuracy.labels(self._run).set(accuracy)
 
-    def committed(self, record: StepRecord, split: Split, tokens: float) -> None:
-        """A step is committed."""
+    def committed(self, record: StepRecord, split: Split, tokens: float, gradients: int = 0) -> None:
+        """A step is committed.
+
+        Args:
+            record, split: what happened in it, and where its time went.
+            tokens: of its training data.
+            gradients: bytes that one replica of data-parallel training would have sent for it.
+        """
         aggregate = record.aggregate
         assert aggregate is not None
         finite = [g for g in aggregate.projected_gradients if g == g]
         self._step.set(record.step + 1)
-        self._loss.set(aggregate.commit.loss)
-        self._rate.set(record.learning_rate)
-        self._gradient.set((sum(g * g for g in finite) / len(finite)) ** 0.5 if finite else float("nan"))
+        self._committed.set_to_current_time()
+        self._loss.labels(self._run).set(aggregate.commit.loss)
+        self._rate.labels(self._run).set(record.learning_rate)
+        rms = (sum(g * g for g in finite) / len(finite)) ** 0.5 if finite else float("nan")
+        self._gradient.labels(self._run).set(rms)
         self._seconds.observe(split.total)
         self._append.observe(split.commit)
         for phase in ("probe", "commit", "wait"):
             self._phases.labels(self._run, phase).inc(getattr(split, phase))
         self._tokens.inc(tokens)
+        self._gradients.inc(gradients * record.replicas)
         self._probes.inc(len(aggregate.projected_gradients))
         self._nonfinite.inc(aggregate.nonfinite)
         self._clipped.inc(aggregate.clipped)

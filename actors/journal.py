@@ -90,13 +90,22 @@ class Journal:
         self._log = _file_logger(folder)
 
     def begin(self, step: int, metrics_url: str, tokens_per_step: float, trainable: int = 0) -> None:
-        """The run is about to start, or to continue, at a step."""
+        """The run is about to start, or to continue, at a step.
+
+        Args:
+            step: the first one that is not in the ledger.
+            metrics_url: where Prometheus finds the run.
+            tokens_per_step: of training data.
+            trainable: number of weights that are trained.
+        """
         self.progress = replace(self.progress, step=step, metrics_url=metrics_url, trainable=trainable)
         self._tokens = tokens_per_step
         self.exporter.begin(step)
         for row in self.folder.rows("evaluations"):
             if row["step"] <= step:
                 self._evaluated(Evaluation(row["loss"], row["standard_error"], row["count"], row["correct"]))
+        if self.progress.last is not None:
+            self.exporter.evaluated(self.progress.last)
 
     def say(self, text: str) -> None:
         """A line in the log."""
@@ -180,7 +189,7 @@ class Journal:
         mean = Split(*(math.fsum(getattr(s, n) for s in self._recent) / len(self._recent) for n in Split.__slots__))
         row = self._step_row(record, split)
         self.folder.append("steps", row)
-        self.exporter.committed(record, split, self._tokens)
+        self.exporter.committed(record, split, self._tokens, 2 * self.progress.trainable)
         if self._trackers is not None:
             self._trackers.step(row, record.counters)
         self._curve.add(record.step, row["loss"])

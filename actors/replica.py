@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from zoray.config import RunConfig
@@ -167,6 +169,14 @@ class ReplicaActor:
         except (ZorayError, RuntimeError, OSError, MemoryError, ValueError) as error:
             logging.getLogger(__name__).exception("%s", item)
             return encode_answer(Failed(self.name, item, f"{type(error).__name__}: {error}"))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this process takes: `resident` now, `peak` so far, and of an accelerator what it has `reserved`."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        sizes = {"resident": psutil.Process().memory_info().rss, "peak": peak}
+        if self.config.gpus_per_replica > 0:
+            sizes["reserved"] = torch.cuda.memory_reserved()
+        return sizes
 
     def _run_item(self, item: Item, applied: float) -> Payload:
         if item.kind is Kind.PROBE:

@@ -86,6 +86,7 @@ class Roster:
         self.hopeless: str | None = None
         self._patience = 0.0 if embedded else config.start_timeout
         self._inbox, self._journal, self._tell = inbox, journal, tell
+        self._weighing: set[str] = set()
 
     def gather(self) -> None:
         """Wait for the first replicas: for the run's minimum, and not long for others that are starting with them.
@@ -137,6 +138,18 @@ class Roster:
         self.fleet.end(name)
         self._rebalance(ReplicaGone(name, reason, fault))
 
+    def weigh(self) -> None:
+        """Ask the replicas at work how much memory they take; the answers go to the metrics."""
+        for name, slot in self.members.slots.items():
+            if slot.phase is SlotPhase.ACTIVE and name in self.fleet and name not in self._weighing:
+                self._weighing.add(name)
+                self._inbox.watch(self.fleet.call(name, "memory"), partial(self._weighed, name))
+
+    def _weighed(self, name: str, memory: Any, error: BaseException | None) -> None:
+        self._weighing.discard(name)
+        if error is None and name in self.fleet:
+            self._journal.exporter.weighed(name, memory)
+
     def restart_newcomers(self, reason: str) -> None:
         """Begin anew with the replicas that are not ready yet."""
         for name, slot in list(self.members.slots.items()):
@@ -155,7 +168,12 @@ class Roster:
         self._inbox.put(self.admission.check)
 
     def _rebalance(self, event: MembershipEvent) -> None:
-        self.members, actions = rebalance(self.members, event, time.monotonic())
+        before = self.members
+        self.members, actions = rebalance(before, event, time.monotonic())
+        if isinstance(event, ReplicaJoined) and event.name in before.slots:
+            self._journal.exporter.changed("joined")
+        elif isinstance(event, ReplicaGone) and event.name in before.slots:
+            self._journal.exporter.changed("lost" if event.fault else "left")
         for action in actions:
             self._carry_out(action)
 
@@ -163,6 +181,7 @@ class Roster:
         match action:
             case Launch(name, node):
                 self.fleet.start(name, node)
+                self._journal.exporter.changed("started")
                 self.admission.begin(name)
             case Leave(name):
                 self._tell(RemoveReplica(name))

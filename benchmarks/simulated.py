@@ -28,6 +28,10 @@ class Host:
         """The joiners of the measured run are there from its start."""
         raise AssertionError
 
+    def memory(self) -> dict[str, int]:
+        """Of a process that holds no model."""
+        return {}
+
     def work(self, request: bytes) -> bytes:
         """The answer to any item."""
         item, _ = decode_request(request)

@@ -195,5 +195,18 @@ def plot(
     draw(run, to, output_dir)
 
 
+@app.command()
+def monitor(
+    output_dir: Runs = "runs",
+    port: Annotated[int, typer.Option(help="Port of Prometheus, on this machine only.")] = 9090,
+    grafana_port: Annotated[int, typer.Option("--grafana-port", help="Port of Grafana, on this machine only.")] = 3000,
+    interval: Annotated[float, typer.Option(min=0.1, max=300, help="Seconds between two scrapes.")] = 5.0,
+) -> None:
+    """Watch the runs of this machine with Prometheus, and Grafana where it is installed. Ctrl-C ends it."""
+    from launch.monitor import monitor as watch
+
+    watch(output_dir, port, grafana_port, interval)
+
+
 if __name__ == "__main__":
     main()

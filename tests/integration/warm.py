@@ -27,6 +27,9 @@ class WarmReplica:
     def work(self, request: bytes) -> bytes:
         return self.actor.work(request)
 
+    def memory(self) -> dict[str, int]:
+        return self.actor.memory()
+
     def flip(self) -> None:
         """Change one bit of one weight, as a cosmic ray would."""
         import torch

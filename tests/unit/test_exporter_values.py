@@ -13,10 +13,11 @@ import pytest
 
 from actors.exporter import Exporter
 from actors.journal import Split
-from tests.unit.test_exporter import MEMBERS
+from tests.unit.test_exporter import MEMBERS, STATE
 from tests.unit.test_journal import record
 from zoray.protocol import Counters, Evaluation
 from zoray.protocol.membership import Slot, SlotPhase
+from zoray.protocol.state import Member
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_step_without_a_finite_probe_shows(exporter: Exporter) -> None:
 
 def test_faults_are_counted_once(exporter: Exporter) -> None:
     for counters in (Counters(lost=1), Counters(lost=1), Counters(lost=3, late=1)):
-        exporter.beat(MEMBERS, counters)
+        exporter.beat(MEMBERS, replace(STATE, counters=counters))
     assert value(exporter, "faults_total", kind="lost") == 3
     assert value(exporter, "faults_total", kind="late") == 1
     assert value(exporter, "faults_total", kind="diverged") == 0
@@ -78,7 +79,7 @@ def test_bytes_replicas_and_evaluations(exporter: Exporter) -> None:
     phases = {"r0": SlotPhase.ACTIVE, "r1": SlotPhase.ACTIVE, "r2": SlotPhase.STARTING}
     exporter.exchanged(15, 0)
     exporter.exchanged(15, 31)
-    exporter.beat(replace(MEMBERS, slots={name: Slot("n", phase, 0.0) for name, phase in phases.items()}), Counters())
+    exporter.beat(replace(MEMBERS, slots={name: Slot("n", phase, 0.0) for name, phase in phases.items()}), STATE)
     exporter.evaluated(Evaluation(1.25, 0.1, 8, 6))
     assert value(exporter, "exchanged_bytes_total", flow="sent") == 30
     assert value(exporter, "exchanged_bytes_total", flow="received") == 31
@@ -100,14 +101,14 @@ def test_health_goes_with_the_loop(exporter: Exporter, monkeypatch: pytest.Monke
     # Replicas that take long to load a model are not a coordinator that hangs.
     now[0] += 1000
     assert get(port, "/health")[0] == 200
-    exporter.beat(MEMBERS, Counters())
+    exporter.beat(MEMBERS, STATE)
     now[0] += 29
     status, text = get(port, "/health")
     assert (status, json.loads(text)) == (200, {"run": "r", "ok": True, "seconds_since_last_turn": 29.0})
     now[0] += 2
     status, text = get(port, "/health")
     assert status == 503 and json.loads(text)["ok"] is False
-    exporter.beat(MEMBERS, Counters())
+    exporter.beat(MEMBERS, STATE)
     assert get(port, "/health")[0] == 200
 
 
@@ -118,3 +119,62 @@ def test_metrics_are_served_until_closed() -> None:
     exporter.close()
     with pytest.raises(urllib.error.URLError):
         get(port, "/metrics")
+
+
+def test_what_is_not_known_yet_is_not_there(exporter: Exporter) -> None:
+    """A loss of 0 would be the best there ever was."""
+    names = ("loss", "eval_loss", "eval_accuracy_ratio", "learning_rate", "projected_gradient_rms")
+    assert [value(exporter, name) for name in names] == [None] * len(names)
+    exporter.evaluated(Evaluation(1.25, 0.1, 8, 6))
+    exporter.committed(record(4), Split(), 1.0)
+    assert None not in [value(exporter, name) for name in names]
+
+
+def test_what_becomes_of_replicas_is_counted_from_the_start(exporter: Exporter) -> None:
+    events = ("started", "joined", "left", "lost")
+    assert [value(exporter, "replica_events_total", event=event) for event in events] == [0, 0, 0, 0]
+    for event in ("started", "started", "lost"):
+        exporter.changed(event)  # type: ignore[arg-type]
+    assert [value(exporter, "replica_events_total", event=event) for event in events] == [2, 0, 0, 1]
+
+
+def test_data_parallel_would_have_sent_two_bytes_per_weight_step_and_replica(exporter: Exporter) -> None:
+    for step in range(3):
+        exporter.committed(record(step), Split(), 1.0, 2 * 1000)
+    # Two replicas took part in each.
+    assert value(exporter, "data_parallel_bytes_total") == 3 * 2 * 2 * 1000
+
+
+def test_the_time_of_the_last_commit_is_that_of_the_start_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    made = Exporter("r", "m", 7)
+    assert value(made, "last_commit_timestamp_seconds") == 1000.0
+    monkeypatch.setattr("time.time", lambda: 1007.0)
+    made.committed(record(0), Split(), 1.0)
+    assert value(made, "last_commit_timestamp_seconds") == 1007.0
+
+
+def test_lag_and_memory_are_those_of_the_replicas_there_are(exporter: Exporter) -> None:
+    members = {"r0": Member(held=5), "r1": Member(held=2)}
+    exporter.beat(MEMBERS, replace(STATE, step=5, members=members))
+    for name in members:
+        exporter.weighed(name, {"resident": 100, "peak": 200})
+    assert [value(exporter, "replica_lag_steps", replica=name) for name in members] == [0, 3]
+    assert value(exporter, "replica_memory_bytes", replica="r1", kind="peak") == 200
+    exporter.beat(MEMBERS, replace(STATE, step=6, members={"r1": Member(held=6)}))
+    assert [value(exporter, "replica_lag_steps", replica=name) for name in members] == [None, 0]
+    assert value(exporter, "replica_memory_bytes", replica="r0", kind="peak") is None
+    exporter.weighed("r1", {"resident": 50})
+    assert value(exporter, "replica_memory_bytes", replica="r1", kind="peak") is None
+    own = value(exporter, "coordinator_memory_bytes")
+    assert own is not None and own > 1e6
+
+
+def test_replicas_are_asked_for_their_memory_only_when_somebody_looks(exporter: Exporter) -> None:
+    assert not exporter.scraped()
+    port = exporter.serve(0)
+    get(port, "/health")
+    assert not exporter.scraped()
+    get(port, "/metrics")
+    assert exporter.scraped()
+    assert not exporter.scraped()
