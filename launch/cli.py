@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Config = Annotated[str, typer.Argument(help="The run's YAML file.")]
 Run = Annotated[str, typer.Argument(help="Name of a run, or the path of its folder.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads the annotation on Python 3.10)
@@ -60,8 +61,19 @@ def _options(
 
 
 @app.command()
-def train(config: Annotated[str, typer.Argument(help="The run's YAML file.")], overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="Continue the run of this run_name where there is one: safe to repeat.")
+    ] = False,
+) -> None:
     """Start a run and see it to its end. Ctrl-C ends it at a step boundary."""
+    if or_resume:
+        from launch.repeat import train_or_resume
+
+        train_or_resume(config, overrides or [])
+        return
     from launch.train import train as run
 
     run(config, overrides or [])

@@ -76,6 +76,26 @@ def test_a_signal_ends_the_run_at_a_step_and_resume_ends_as_undisturbed(
     assert checked.returncode == 0 and "verified" in checked.stdout
 
 
+def test_the_same_command_begins_a_run_and_continues_it(workplace: Path) -> None:
+    """As a Kubernetes Job gives it: after a begin that left nothing but a folder, after a signal, and after the end."""
+    command = ("train", "--or-resume", "run.yaml", "run_name=a")
+    (workplace / "runs" / "a" / "metrics").mkdir(parents=True)
+    status, text = interrupted(workplace, signal.SIGTERM, *command, "max_steps=200")
+    assert status == 130, text
+    folder = RunFolder.find("a", str(workplace / "runs"))
+    with Ledger.open(folder.ledger, repair=False) as ledger:
+        stopped = ledger.next_step
+    goal = f"max_steps={stopped + 2}"
+    for first in (stopped, stopped + 2):
+        done = zoray(workplace, *command, goal)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"continuing with step {first}" in done.stdout
+    with Ledger.open(folder.ledger, repair=False) as ledger:
+        assert ledger.next_step == stopped + 2
+    other = zoray(workplace, *command, "epsilon=0.1")
+    assert other.returncode == 6 and "epsilon" in other.stderr
+
+
 def test_a_signal_that_ends_the_coordinator_too_is_an_interruption(workplace: Path) -> None:
     """As `timeout`, Slurm and systemd send it: to the processes of the embedded Ray as well."""
     command = [*ZORAY, "train", "run.yaml", "run_name=a", "max_steps=200"]
