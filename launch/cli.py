@@ -94,6 +94,35 @@ def resume(
     again(run, overrides or [], output_dir, break_lock)
 
 
+@app.command()
+def render(
+    config: Config,
+    overrides: Overrides = None,
+    image: Annotated[
+        str, typer.Option(help="Image with Zoray, as k8s/Dockerfile makes it (also ZORAY_IMAGE).", envvar="ZORAY_IMAGE")
+    ] = f"zoray:{__version__}",
+    namespace: Annotated[str, typer.Option(help="Namespace of the objects.")] = "zoray",
+    storage_claim: Annotated[
+        str, typer.Option(help="PersistentVolumeClaim for runs, models and data, mounted as /zoray.")
+    ] = "zoray",
+    memory: Annotated[str, typer.Option(help="Memory of one replica.")] = "8Gi",
+    spot: Annotated[bool, typer.Option("--spot", help="Let workers use, and prefer, spot machines.")] = False,
+    queue: Annotated[Optional[str], typer.Option(help="Kueue LocalQueue that admits the job.")] = None,  # noqa: UP045
+    network_policy: Annotated[
+        bool, typer.Option("--network-policy", help="Let only the run, the operator and Prometheus connect to it.")
+    ] = False,
+    auth: Annotated[bool, typer.Option("--auth", help="Ray's token authentication.")] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Times the run is continued on a new cluster after a fault.")] = 3,
+    ttl: Annotated[int, typer.Option(min=0, help="Seconds the cluster is kept after the end.")] = 300,
+) -> None:
+    """Print a KubeRay RayJob for a run, to be given to `kubectl apply -f -`."""
+    from launch.render import render as write
+
+    cluster = {"image": image, "namespace": namespace, "claim": storage_claim, "memory": memory, "spot": spot}
+    optional = {"queue": queue, "network_policy": network_policy, "auth": auth, "retries": retries, "ttl": ttl}
+    write(config, overrides or [], **cluster, **optional)
+
+
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of words.")]
 Address = Annotated[
     Optional[str],  # noqa: UP045 (typer reads the annotation on Python 3.10)
