@@ -196,7 +196,7 @@ class _Dumper(yaml.SafeDumper):
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         """Lists are indented below their key."""
-        return super().increase_indent(flow, False)
+        super().increase_indent(flow, False)
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.Node:
@@ -204,3 +204,6 @@ def _text(dumper: _Dumper, text: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _text)
+# Kubernetes reads YAML by Go's library: these are a number and a truth to it, though not to PyYAML.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^\d+[eE]\d+$"), list("0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^[yYnN]$"), list("yYnN"))

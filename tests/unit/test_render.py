@@ -116,6 +116,12 @@ def test_the_yaml_says_what_the_objects_say(config: Callable[..., str]) -> None:
     assert "  run.yaml: |\n" in text
 
 
+def test_names_that_other_readers_of_yaml_take_for_something_else_are_quoted(config: Callable[..., str]) -> None:
+    text = to_yaml(render(config(run_name="y"), "--namespace", "1e5")[0])
+    assert "\n  name: 'y'\n" in text and "\n  namespace: '1e5'\n" in text
+    assert not re.search(r"\b(name|namespace|instance): (y|1e5)$", text, re.M)
+
+
 # ---- what is written means the run ----
 
 
