@@ -26,7 +26,7 @@ def words(built: BuiltRun, *more: str) -> tuple[str, list[str]]:
 
 def test_a_run_without_a_name_cannot_be_found_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run_name is not given"):
-        repeat.train_or_resume(str(write_config(tmp_path)), [])
+        repeat.train_or_resume(str(write_config(tmp_path)), ["run_name=null"])
 
 
 def test_another_computation_under_the_same_name_is_refused_and_the_run_stays_as_it_was(built: BuiltRun) -> None:
