@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Config = Annotated[str, typer.Argument(help="The run's YAML file.")]
 Run = Annotated[str, typer.Argument(help="Name of a run, or the path of its folder.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads the annotation on Python 3.10)
@@ -60,8 +61,19 @@ def _options(
 
 
 @app.command()
-def train(config: Annotated[str, typer.Argument(help="The run's YAML file.")], overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="Continue the run of this run_name where there is one: safe to repeat.")
+    ] = False,
+) -> None:
     """Start a run and see it to its end. Ctrl-C ends it at a step boundary."""
+    if or_resume:
+        from launch.repeat import train_or_resume
+
+        train_or_resume(config, overrides or [])
+        return
     from launch.train import train as run
 
     run(config, overrides or [])
@@ -80,6 +92,35 @@ def resume(
     from launch.train import resume as again
 
     again(run, overrides or [], output_dir, break_lock)
+
+
+@app.command()
+def render(
+    config: Config,
+    overrides: Overrides = None,
+    image: Annotated[
+        str, typer.Option(help="Image with Zoray, as k8s/Dockerfile makes it (also ZORAY_IMAGE).", envvar="ZORAY_IMAGE")
+    ] = f"zoray:{__version__}",
+    namespace: Annotated[str, typer.Option(help="Namespace of the objects.")] = "zoray",
+    storage_claim: Annotated[
+        str, typer.Option(help="PersistentVolumeClaim for runs, models and data, mounted as /zoray.")
+    ] = "zoray",
+    memory: Annotated[str, typer.Option(help="Memory of one replica.")] = "8Gi",
+    spot: Annotated[bool, typer.Option("--spot", help="Let workers use, and prefer, spot machines.")] = False,
+    queue: Annotated[Optional[str], typer.Option(help="Kueue LocalQueue that admits the job.")] = None,  # noqa: UP045
+    network_policy: Annotated[
+        bool, typer.Option("--network-policy", help="Let only the run, the operator and Prometheus connect to it.")
+    ] = False,
+    auth: Annotated[bool, typer.Option("--auth", help="Ray's token authentication.")] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Times the run is continued on a new cluster after a fault.")] = 3,
+    ttl: Annotated[int, typer.Option(min=0, help="Seconds the cluster is kept after the end.")] = 300,
+) -> None:
+    """Print a KubeRay RayJob for a run, to be given to `kubectl apply -f -`."""
+    from launch.render import render as write
+
+    cluster = {"image": image, "namespace": namespace, "claim": storage_claim, "memory": memory, "spot": spot}
+    optional = {"queue": queue, "network_policy": network_policy, "auth": auth, "retries": retries, "ttl": ttl}
+    write(config, overrides or [], **cluster, **optional)
 
 
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of words.")]

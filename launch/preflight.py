@@ -16,7 +16,7 @@ from zoray.errors import ResourceError
 if TYPE_CHECKING:
     from zoray.tasks.source import CellKind
 
-_PROCESS_BYTES = 400 << 20
+PROCESS_BYTES = 400 << 20
 """What a replica's process takes beside the weights: the libraries, mostly."""
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -92,7 +92,7 @@ def check_memory(config: RunConfig) -> None:
     weights = count_weights(Path(config.model))
     if weights is None or os.environ.get("RAY_ADDRESS") or config.gpus_per_replica:
         return
-    each = weights * _WIDTH[config.dtype] + _PROCESS_BYTES
+    each = weights * _WIDTH[config.dtype] + PROCESS_BYTES
     free = psutil.virtual_memory().available
     minimum, maximum, wanted = config.replica_limits
     replicas = wanted if maximum is None else minimum

@@ -76,6 +76,18 @@ def test_a_signal_ends_the_run_at_a_step_and_resume_ends_as_undisturbed(
     assert checked.returncode == 0 and "verified" in checked.stdout
 
 
+def test_the_same_command_begins_a_run_and_continues_it(workplace: Path) -> None:
+    """As a Kubernetes Job gives it; before the first time, a begin was killed that left nothing but a folder."""
+    command = ("train", "--or-resume", "run.yaml", "run_name=a", "replicas=1", "eval_steps=2")
+    (workplace / "runs" / "a" / "metrics").mkdir(parents=True)
+    for goal, said in ((2, "all 2 steps"), (4, "continuing with step 2")):
+        done = zoray(workplace, *command, f"max_steps={goal}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert said in done.stdout
+        with Ledger.open(RunFolder.find("a", str(workplace / "runs")).ledger, repair=False) as ledger:
+            assert ledger.next_step == goal
+
+
 def test_a_signal_that_ends_the_coordinator_too_is_an_interruption(workplace: Path) -> None:
     """As `timeout`, Slurm and systemd send it: to the processes of the embedded Ray as well."""
     command = [*ZORAY, "train", "run.yaml", "run_name=a", "max_steps=200"]

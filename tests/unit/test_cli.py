@@ -101,7 +101,7 @@ def test_nothing_heavy_is_imported_to_answer_at_once(words: list[str]) -> None:
 def test_help_names_every_command(zoray: Zoray) -> None:
     said = zoray("--help")
     assert said.status == 0
-    for command in ("train", "resume", "eval", "export", "verify", "log", "plot", "watch"):
+    for command in ("train", "resume", "eval", "export", "verify", "log", "plot", "watch", "monitor", "render"):
         assert command in said.out
 
 

@@ -1,0 +1,72 @@
+"""`zoray train --or-resume`, as far as it gets without Ray: which run it means, and when it waits or refuses."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from actors.lock import RunLock
+from launch import repeat
+from tests.unit.run_builder import BuiltRun, build_run, write_config
+from zoray.errors import ConfigError, RunError
+from zoray.runs import RunFolder
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> BuiltRun:
+    return build_run(tmp_path, max_steps=1)
+
+
+def words(built: BuiltRun, *more: str) -> tuple[str, list[str]]:
+    """The arguments that mean a run."""
+    return str(built.folder.config_path), [f"run_name={built.name}", f"output_dir={built.output_dir}", *more]
+
+
+def test_a_run_without_a_name_cannot_be_found_again(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run_name is not given"):
+        repeat.train_or_resume(str(write_config(tmp_path)), ["run_name=null"])
+
+
+def test_another_computation_under_the_same_name_is_refused_and_the_run_stays_as_it_was(built: BuiltRun) -> None:
+    before = built.folder.config_path.read_bytes()
+    with pytest.raises(RunError, match=r"epsilon was .* and would become 0.5"):
+        repeat.train_or_resume(*words(built, "epsilon=0.5"))
+    assert built.folder.config_path.read_bytes() == before
+
+
+def test_what_changes_no_result_counts_from_then_on(built: BuiltRun) -> None:
+    config = built.config.model_copy(update={"replicas": 7})
+    repeat._renew(built.folder, config, "run.yaml")
+    assert built.folder.config().replicas == 7
+
+
+def test_a_run_that_another_process_has_is_waited_for(built: BuiltRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    with RunLock(built.folder.path) as lock:
+
+        def end_of_the_other(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 3:
+                lock.release()
+
+        monkeypatch.setattr(time, "sleep", end_of_the_other)
+        repeat._await_end(built.folder)
+    assert len(waits) == 3
+
+
+def test_a_run_that_another_process_keeps_is_refused(built: BuiltRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat, "PATIENCE", 0.0)
+    with RunLock(built.folder.path), pytest.raises(RunError, match="is being written by process"):
+        repeat.train_or_resume(*words(built))
+
+
+def test_only_a_folder_in_which_nothing_is_but_a_run_before_its_first_step_is_begun_again(
+    built: BuiltRun, tmp_path: Path
+) -> None:
+    made = RunFolder.create(built.config.model_copy(update={"output_dir": str(tmp_path / "new"), "run_name": "a"}), "x")
+    assert repeat._is_unborn(made)
+    (made.path / "notes.md").write_text("mine")
+    assert not repeat._is_unborn(made)
+    assert not repeat._is_unborn(RunFolder(tmp_path / "new" / "nowhere"))
