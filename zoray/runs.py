@@ -73,9 +73,7 @@ class RunFolder:
         Raises:
             RunError: a folder of that name exists, or it cannot be made.
         """
-        name = (
-            config.run_name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('-.') or 'run'}-{secrets.token_hex(2)}"
-        )
+        name = new_name(config, stem)
         path = Path(config.output_dir).absolute() / name
         try:
             path.mkdir(parents=True)
@@ -173,6 +171,11 @@ class RunFolder:
             except ValueError:
                 continue
             yield int(row["step"]), row, line
+
+
+def new_name(config: RunConfig, stem: str) -> str:
+    """The name of a new run: `run_name`, or `stem` (the configuration file's) and four hexadecimal digits."""
+    return config.run_name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('-.') or 'run'}-{secrets.token_hex(2)}"
 
 
 def _replace(path: Path, content: bytes) -> None:
