@@ -2,7 +2,7 @@
 
     python -m benchmarks.submit [--quick]
 
-A warm local Ray with its job server, a small model, and `zoray submit` as a process of its own; then, in turn, the same run
+A warm local Ray with its job server, a small model, and `zoray submit` as a process of its own; in turn the same run
 by `zoray train` on the same Ray, which is what the way over HTTP and its checks are compared with.
 """
 

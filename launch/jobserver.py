@@ -6,8 +6,10 @@ Every command with `--address http://HEAD:8265` goes through this and nothing el
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,22 +97,24 @@ class JobServer:
         runtime_env: dict[str, Any] = {"env_vars": dict(env_vars)} if env_vars else {}
         if working_dir is not None:
             runtime_env["working_dir"] = str(working_dir)
+        job = {"entrypoint": entrypoint, "submission_id": submission_id, "metadata": dict(metadata or {})}
+        until = time.monotonic() + _PATIENCE
         with self._spoken():
-            try:
-                self._client.submit_job(
-                    entrypoint=entrypoint,
-                    submission_id=submission_id,
-                    runtime_env=runtime_env,
-                    metadata=dict(metadata or {}),
-                )
-            except RuntimeError as error:
-                if "already exists" not in str(error):
-                    raise
-                raise RunError(
-                    f"The cluster has a job {submission_id} already.",
-                    where=self.address,
-                    advice="choose another run_name",
-                ) from None
+            while True:
+                try:
+                    self._client.submit_job(**job, runtime_env=runtime_env)
+                    return
+                except RuntimeError as error:
+                    if "already exists" in str(error):
+                        raise RunError(
+                            f"The cluster has a job {submission_id} already.",
+                            where=self.address,
+                            advice="choose another run_name",
+                        ) from None
+                    # A head that has just started takes jobs a little later than it answers.
+                    if "No available agent" not in str(error) or time.monotonic() > until:
+                        raise
+                time.sleep(1.0)
 
     def jobs(self) -> list[JobDetails]:
         """The submitted jobs that the cluster knows, the oldest first."""
@@ -128,7 +132,7 @@ class JobServer:
         with self._spoken():
             return "".join(f"{line}\n" for line in _own(iter(self._client.get_job_logs(submission_id).splitlines())))
 
-    def follow(self, submission_id: str) -> Iterator[str]:
+    def follow(self, submission_id: str) -> Generator[str, None, None]:
         """What a job says, line by line, until it ends.
 
         Raises:
@@ -163,8 +167,10 @@ class JobServer:
                 raise ResourceError(_token_fault(""), where=self.address, advice=_TOKEN_ADVICE) from None
             raise ResourceError(f"The job server refuses: {error}.", where=self.address) from None
         except (requests.RequestException, aiohttp.ClientError, OSError) as error:
+            nobody = isinstance(error, requests.ConnectionError)
+            why = "nobody answers" if nobody else _first_line(error)
             raise ResourceError(
-                f"Ray's job server cannot be reached: {_first_line(error)}.",
+                f"Ray's job server cannot be reached: {why}.",
                 where=self.address,
                 advice="check the address and the port-forward; a run that was submitted goes on meanwhile",
             ) from None
@@ -185,6 +191,10 @@ def _token_fault(text: str) -> str:
 
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
+
+    # It tells of its uploads, which are as small as they are unasked for.
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
     class Client(JobSubmissionClient):
         """Ray's client, which would wait for ever where a port-forward has died."""
@@ -218,7 +228,7 @@ def _lines(chunks: AsyncIterator[str]) -> Iterator[str]:
     try:
         while True:
             try:
-                rest += loop.run_until_complete(anext(chunks))
+                rest += loop.run_until_complete(_next(chunks))
             except StopAsyncIteration:
                 break
             *whole, rest = rest.split("\n")
@@ -233,6 +243,11 @@ def _lines(chunks: AsyncIterator[str]) -> Iterator[str]:
             loop.run_until_complete(asyncio.wait(left))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
+
+
+async def _next(chunks: AsyncIterator[str]) -> str:
+    # Called within the loop, which thereby learns of the generator, and can close it.
+    return await anext(chunks)
 
 
 def _own(lines: Iterator[str]) -> Iterator[str]:

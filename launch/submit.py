@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,12 +109,12 @@ def _send(server: JobServer, name: str, folder: Path, output_dir: str, follow: b
             metadata={RUN: name, OUTPUT_DIR: output_dir},
         )
         _say(f"  job {job} at {address}, which checks it now")
-        lines = server.follow(job)
-        _say(f"  accepted, folder {_verdict(server, job, lines)}")
-        if follow:
-            _show(lines)
-            _conclude(server.info(job), name, address)
-            return
+        with closing(server.follow(job)) as lines:
+            _say(f"  accepted, folder {_verdict(server, job, lines)}")
+            if follow:
+                _show(lines)
+                _conclude(server.info(job), name, address)
+                return
     for words in ("logs {} --follow", "status {}", "scale {} N", "stop {}"):
         _say(f"  zoray {words.format(name)} --address {address}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext, suppress
@@ -26,11 +27,21 @@ UNSHARE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 SIZE = {"object_store_memory": 80 << 20, "include_dashboard": False}
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 class Host:
     """The operations."""
 
     def __init__(self, dashboard: bool) -> None:
-        arguments = {"num_cpus": 0, **SIZE, "include_dashboard": dashboard}
+        arguments: dict[str, Any] = {"num_cpus": 0, **SIZE}
+        if dashboard:
+            # Jobs are started by the agent, whose usual port another Ray on this machine may have.
+            arguments |= {"include_dashboard": True, "dashboard_agent_listen_port": free_port()}
         # Or every `ray.init()` on this machine would come to this cluster.
         with nullcontext() if dashboard else patch("ray._private.utils.write_ray_address"):
             self.cluster = Cluster(initialize_head=True, head_node_args=arguments)
