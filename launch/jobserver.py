@@ -125,7 +125,7 @@ class JobServer:
     def info(self, submission_id: str) -> JobDetails:
         """What the cluster knows of a job."""
         with self._spoken():
-            return self._client.get_job_info(submission_id)
+            return self._client.get_job_info(submission_id)  # type: ignore[no-any-return]
 
     def text(self, submission_id: str) -> str:
         """All that a job has said so far, Ray's own words before it taken off."""
@@ -193,7 +193,11 @@ def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     # It tells of its uploads, which are as small as they are unasked for.
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+    for name in (
+        "ray.dashboard.modules.dashboard_sdk",
+        "ray.dashboard.modules.job.sdk",
+        "ray._private.runtime_env.packaging",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
     class Client(JobSubmissionClient):
