@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 _STOP_WAIT = 3600
 """Seconds that `ray job stop` lets a run have to end at its step boundary; three unless told otherwise."""
+
+_ENDING = 30.0
+"""Seconds for which a resume waits for the job of a run that was stopped just now."""
 
 _INTERRUPTED = 130
 _LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "venv", "__pycache__", "*.pyc", "runs", ".*_cache")
@@ -92,12 +96,12 @@ def resume(
     again = {"run": run, "overrides": overrides, "output_dir": output_dir, "break_lock": break_lock}
     with tempfile.TemporaryDirectory(prefix="zoray-") as folder:
         _write_submission(Path(folder), any_version, {}, again)
-        _send(server, Path(run).name, Path(folder), output_dir, follow)
+        _send(server, Path(run).name, Path(folder), output_dir, follow, patience=_ENDING)
 
 
-def _send(server: JobServer, name: str, folder: Path, output_dir: str, follow: bool) -> None:
+def _send(server: JobServer, name: str, folder: Path, output_dir: str, follow: bool, patience: float = 0.0) -> None:
     """Start the job of a run, wait until the cluster has accepted it, and follow it if wanted."""
-    address, job = server.address, _submission_id(server, name)
+    address, job = server.address, _submission_id(server, name, patience)
     # First of all, so that the name is known whatever happens to this command.
     _say(f"run {name}")
     with _interruption(name, address):
@@ -172,14 +176,20 @@ def _check_ray(server: JobServer, any_version: bool) -> None:
     )
 
 
-def _submission_id(server: JobServer, name: str) -> str:
+def _submission_id(server: JobServer, name: str, patience: float) -> str:
     """The id of the run's next job: one that failed before its run began does not stand in its way.
 
     Raises:
         RunError: the run is in progress.
     """
-    jobs = jobs_of(server.jobs(), name)
-    if any(not job.status.is_terminal() for job in jobs):
+    until = time.monotonic() + patience
+    while True:
+        jobs = jobs_of(server.jobs(), name)
+        going = any(not job.status.is_terminal() for job in jobs)
+        if not going or time.monotonic() >= until:
+            break
+        time.sleep(0.5)
+    if going:
         raise RunError(
             f"The run {name} is in progress on this cluster.",
             where=server.address,
