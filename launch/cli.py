@@ -45,6 +45,12 @@ def main() -> None:
         sys.exit(130)
 
 
+def _http(address: str | None) -> str | None:
+    """The address, or RAY_ADDRESS without one, where it is that of a job server."""
+    found = address or os.environ.get("RAY_ADDRESS") or ""
+    return found.rstrip("/") if found.startswith(("http://", "https://")) else None
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"zoray {__version__}")
@@ -79,6 +85,16 @@ def train(
     run(config, overrides or [])
 
 
+JobServer = Annotated[
+    Optional[str],  # noqa: UP045 (typer reads the annotation on Python 3.10)
+    typer.Option("--address", help="Ray's job server, as http://HEAD:8265 (also RAY_ADDRESS)."),
+]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show what the run says until it ends.")]
+AnyVersion = Annotated[
+    bool, typer.Option("--any-version", help="Although the cluster has another version of Zoray or Ray.")
+]
+
+
 @app.command()
 def resume(
     run: Run,
@@ -87,8 +103,17 @@ def resume(
     break_lock: Annotated[
         bool, typer.Option("--break-lock", help="Although another machine, known to be gone, still seems to run it.")
     ] = False,
+    address: JobServer = None,
+    follow: Follow = False,
+    any_version: AnyVersion = False,
 ) -> None:
-    """Continue a run with the first step that is not in its ledger."""
+    """Continue a run with the first step that is not in its ledger; with --address on a cluster, as `zoray submit`."""
+    if http := _http(address):
+        from launch.submit import resume as send
+
+        folder = None if output_dir == "runs" else output_dir
+        send(run, overrides or [], http, folder, follow=follow, break_lock=break_lock, any_version=any_version)
+        return
     from launch.train import resume as again
 
     again(run, overrides or [], output_dir, break_lock)
@@ -123,16 +148,79 @@ def render(
     write(config, overrides or [], **cluster, **optional)
 
 
+def submit(
+    config: Annotated[str, typer.Argument(help="The run's YAML file.")],
+    overrides: Overrides = None,
+    address: JobServer = None,
+    follow: Follow = False,
+    working_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with your own code, to take along; without it only the configuration travels."),
+    ] = None,
+    any_version: AnyVersion = False,
+) -> None:
+    """Start a run on a cluster from a laptop; it goes on without it. Ctrl-C ends only this command."""
+    from launch.submit import submit as send
+
+    send(config, overrides or [], address, follow, working_dir, any_version)
+
+
+@app.command()
+def logs(run: Run, address: JobServer = None, follow: Follow = False) -> None:
+    """Show what a submitted run says."""
+    from launch.submit import logs as show
+
+    show(run, address, follow)
+
+
+@app.command(hidden=True)
+def drive() -> None:
+    """On the cluster: check and run what `zoray submit` has sent."""
+    from launch.driver import drive as run
+
+    run()
+
+
+@app.command(hidden=True)
+def answer(
+    words: Annotated[list[str], typer.Argument(help="A command and its arguments, after --.")],
+    every: Annotated[float, typer.Option(help="Seconds between two answers; 0: only one.")] = 0.0,
+    lasting: Annotated[float, typer.Option(help="Seconds for which it is answered.")] = 0.0,
+) -> None:
+    """On the cluster: answer a question that came over HTTP."""
+    from launch.driver import answer as say
+
+    say(words, every, lasting)
+
+
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of words.")]
 Address = Annotated[
     Optional[str],  # noqa: UP045 (typer reads the annotation on Python 3.10)
-    typer.Option(help="Address of Ray, where the run's folder is not here to tell it (also RAY_ADDRESS)."),
+    typer.Option(
+        help="Address of Ray, where the run's folder is not here to tell it (also RAY_ADDRESS); or, from anywhere, of "
+        "its job server, as http://HEAD:8265."
+    ),
 ]
+
+
+def _over_http(address: str | None, *words: str) -> bool:
+    """Ask the cluster itself where its address is that of a job server; whether it is."""
+    if http := _http(address):
+        from launch.remote import relay
+
+        relay(http, *words)
+    return http is not None
+
+
+def _flags(as_json: bool, output_dir: str) -> list[str]:
+    return [*(["--json"] if as_json else []), *(["--output-dir", output_dir] if output_dir != "runs" else [])]
 
 
 @app.command("list")
 def listing(as_json: Json = False, output_dir: Runs = "runs", address: Address = None) -> None:
     """Show the runs there are, and where they are."""
+    if _over_http(address, "list", *_flags(as_json, output_dir)):
+        return
     from launch.status import listing as show
 
     show(as_json, output_dir, address)
@@ -141,6 +229,8 @@ def listing(as_json: Json = False, output_dir: Runs = "runs", address: Address =
 @app.command()
 def status(run: Run, as_json: Json = False, output_dir: Runs = "runs", address: Address = None) -> None:
     """Show where a run is, and its replicas."""
+    if _over_http(address, "status", run, *_flags(as_json, output_dir)):
+        return
     from launch.status import show
 
     show(run, as_json, output_dir, address)
@@ -162,6 +252,8 @@ def scale(
     address: Address = None,
 ) -> None:
     """Change the number of replicas while a run goes on; its result stays the same."""
+    if _over_http(address, "scale", run, *_flags(False, output_dir), "--", str(replicas)):
+        return
     from launch.status import scale as change
 
     change(run, replicas, output_dir, address)
@@ -170,6 +262,11 @@ def scale(
 @app.command()
 def stop(run: Run, output_dir: Runs = "runs", address: Address = None) -> None:
     """End a run at the next step boundary, from another process; it can be resumed."""
+    if http := _http(address):
+        from launch.submit import stop as end_job
+
+        end_job(run, http, *_flags(False, output_dir))
+        return
     from launch.status import stop as end
 
     end(run, output_dir, address)

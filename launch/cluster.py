@@ -26,7 +26,7 @@ class Place:
 
 
 def connect(config: RunConfig) -> Place:
-    """Start or join Ray.
+    """Start or join Ray; a connection there already is used and kept.
 
     Raises:
         ResourceError: the cluster cannot be reached.
@@ -40,7 +40,8 @@ def connect(config: RunConfig) -> Place:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if address:
         try:
-            ray.init(address=address, namespace=NAMESPACE, **quiet)
+            if not ray.is_initialized():
+                ray.init(address=address, namespace=NAMESPACE, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise ResourceError(
                 f"The Ray cluster cannot be reached: {error}.",

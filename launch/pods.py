@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from launch.wire import VOLUME
+
 Object = dict[str, Any]
 
 MOUNT = "/zoray"
@@ -156,6 +158,7 @@ def _ray_container(name: str, cluster: Cluster, resources: Object) -> Object:
     environment = {
         "HOME": "/tmp",
         "HF_HOME": f"{MOUNT}/huggingface",
+        VOLUME: MOUNT,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_SECONDS),
         "RAY_USAGE_STATS_ENABLED": "0",
     }

@@ -35,7 +35,15 @@ def train(config_path: str, overrides: list[str]) -> None:
     check_trackers(config)
     check_paths(config)
     check_memory(config)
-    folder = RunFolder.create(config, Path(config_path).stem)
+    begin(RunFolder.create(config, Path(config_path).stem), config)
+
+
+def begin(folder: RunFolder, config: RunConfig) -> None:
+    """See a new run, whose folder has just been made, to its end; without a first step no folder is left behind.
+
+    Raises:
+        ZorayError, SystemExit: as `train`.
+    """
     try:
         _follow(folder, config, resume=False)
     except (ZorayError, KeyboardInterrupt):
@@ -52,6 +60,19 @@ def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock:
     Raises:
         ZorayError: the run cannot continue; the error names the key if an override would change its mathematics.
         SystemExit: it was stopped again.
+    """
+    folder, config = resumable(run, overrides, output_dir, break_lock)
+    check_port(config)
+    check_trackers(config)
+    check_memory(config)
+    proceed(folder, config, break_lock)
+
+
+def resumable(run: str, overrides: list[str], output_dir: str, break_lock: bool) -> tuple[RunFolder, RunConfig]:
+    """The folder and the configuration of a run that can be continued.
+
+    Raises:
+        ZorayError: it cannot.
     """
     folder = RunFolder.find(run, output_dir)
     before, config = folder.config(), folder.config(overrides)
@@ -70,9 +91,15 @@ def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock:
             where=str(folder.path),
             advice="start it anew with `zoray train`",
         )
-    check_port(config)
-    check_trackers(config)
-    check_memory(config)
+    return folder, config
+
+
+def proceed(folder: RunFolder, config: RunConfig, break_lock: bool = False) -> None:
+    """See a run that is `resumable` to its end.
+
+    Raises:
+        ZorayError, SystemExit: as `resume`.
+    """
     _follow(folder, config, resume=True, break_lock=break_lock)
 
 

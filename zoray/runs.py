@@ -80,9 +80,7 @@ class RunFolder:
         Raises:
             RunError: a folder of that name exists, or it cannot be made.
         """
-        name = (
-            config.run_name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('-.') or 'run'}-{secrets.token_hex(2)}"
-        )
+        name = new_name(config, stem)
         path = Path(config.output_dir).absolute() / name
         try:
             path.mkdir(parents=True)
@@ -196,6 +194,11 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def new_name(config: RunConfig, stem: str) -> str:
+    """The name of a new run: `run_name`, or `stem` (the configuration file's) and four hexadecimal digits."""
+    return config.run_name or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('-.') or 'run'}-{secrets.token_hex(2)}"
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,14 @@ def environment(brake: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """That of a user who has not set anything of Ray's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     path = f"{Path(__file__).with_name('brake')}:{ROOT}"
-    own = {"PYTHONPATH": path, "ZORAY_TEST_BRAKE": str(brake), "ZORAY_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    # A job of the cluster's finds the command as in an image: on the PATH.
+    commands = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    own = {
+        "PATH": commands,
+        "PYTHONPATH": path,
+        "ZORAY_TEST_BRAKE": str(brake),
+        "ZORAY_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
     return {**kept, **own, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}
 
 

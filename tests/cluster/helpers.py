@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,23 @@ class Machines:
 
     Attributes:
         address: of the cluster.
+        http: address of the head's job server, where it has one.
         nodes: ids of the raylets that are neither killed nor draining.
     """
 
-    def __init__(self, env: dict[str, str]) -> None:
+    def __init__(self, env: dict[str, str], *options: str) -> None:
         script = Path(__file__).with_name("host.py")
         self._host = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+            [sys.executable, str(script), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=ROOT,
         )
         assert self._host.stdout is not None
-        self.address = self._host.stdout.readline().strip()
+        self.address, url = self._host.stdout.readline().split()
+        self.http = f"http://{url}"
         self.nodes: list[str] = []
         self._draining: list[str] = []
 
@@ -87,6 +95,16 @@ class Machines:
         self.nodes.remove(node)
         self._draining.append(node)
         self._ask("drain", node)
+
+    @contextmanager
+    def apart(self, folder: Path) -> Iterator[None]:
+        """A raylet with another volume at `folder` than the head's, and no other raylet, for the time of the block."""
+        self.have(0)
+        self._ask("add_apart", str(folder))
+        try:
+            yield
+        finally:
+            self._ask("remove_apart")
 
     def demand(self) -> int:
         """For how many replicas the cluster's autoscaler was asked to have room."""

@@ -1,38 +1,84 @@
 """A cluster of several raylets on this machine, in a process of its own: pytest's may be connected to another Ray.
 
 Reads one JSON list [operation, argument...] a line from standard input and answers each with one line; the end of the
-input is the end of the cluster.
+input is the end of the cluster. With `--dashboard`, the head has its job server, and RAY_TMPDIR must be this cluster's
+own: its jobs find their cluster by the address that Ray leaves there.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import sys
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import ray._raylet
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+UNSHARE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 SIZE = {"object_store_memory": 80 << 20, "include_dashboard": False}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 class Host:
     """The operations."""
 
-    def __init__(self) -> None:
+    def __init__(self, dashboard: bool) -> None:
+        arguments: dict[str, Any] = {"num_cpus": 0, **SIZE}
+        if dashboard:
+            # Jobs are started by the agent, whose usual port another Ray on this machine may have.
+            arguments |= {"include_dashboard": True, "dashboard_agent_listen_port": free_port()}
         # Or every `ray.init()` on this machine would come to this cluster.
-        with patch("ray._private.utils.write_ray_address"):
-            self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SIZE})
+        with nullcontext() if dashboard else patch("ray._private.utils.write_ray_address"):
+            self.cluster = Cluster(initialize_head=True, head_node_args=arguments)
         self.nodes: dict[str, Any] = {}
+        self.apart: subprocess.Popen[bytes] | None = None
 
     def add(self, cpus: int) -> str:
         """One more raylet; returns its id once the cluster knows it."""
         node = self.cluster.add_node(num_cpus=cpus, **SIZE)
         self.nodes[node.node_id] = node
         return node.node_id
+
+    def add_apart(self, folder: str) -> None:
+        """One more raylet, which has another volume at `folder` than all others."""
+        ray = Path(sys.executable).with_name("ray")
+        start = f"{ray} start --address={self.cluster.address} --num-cpus=1 --object-store-memory={80 << 20} --block"
+        command = [*UNSHARE, "sh", "-c", f"mount -t tmpfs none {folder} && exec {start}"]
+        before = self._alive()
+        self.apart = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
+        while self._alive() <= before:
+            assert self.apart.poll() is None
+
+    def remove_apart(self) -> None:
+        """The end of that raylet and all its processes."""
+        if self.apart is None:
+            return
+        processes = psutil.Process(self.apart.pid).children(recursive=True)
+        self.apart.terminate()
+        psutil.wait_procs(processes, timeout=20)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.apart.wait()
+        self.apart = None
+
+    def _alive(self) -> int:
+        return sum(node["Alive"] for node in self.cluster.global_state.node_table())
 
     def kill(self, node: str) -> None:
         """kill -9 of a raylet and its agents."""
@@ -59,13 +105,14 @@ class Host:
 
 def main() -> None:
     """Serve until the input ends."""
-    host = Host()
+    host = Host("--dashboard" in sys.argv)
     try:
-        print(host.cluster.address, flush=True)
+        print(host.cluster.address, host.cluster.webui_url or "-", flush=True)
         for line in sys.stdin:
             operation, *arguments = json.loads(line)
             print(json.dumps(getattr(host, operation)(*arguments)), flush=True)
     finally:
+        host.remove_apart()
         host.cluster.shutdown()
 
 
