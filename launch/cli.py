@@ -109,7 +109,7 @@ def resume(
 ) -> None:
     """Continue a run with the first step that is not in its ledger; with --address on a cluster, as `zoray submit`."""
     if http := _http(address):
-        from launch.submit import resume as send
+        from launch.jobs.submit import resume as send
 
         folder = None if output_dir == "runs" else output_dir
         send(run, overrides or [], http, folder, follow=follow, break_lock=break_lock, any_version=any_version)
@@ -141,7 +141,7 @@ def render(
     ttl: Annotated[int, typer.Option(min=0, help="Seconds the cluster is kept after the end.")] = 300,
 ) -> None:
     """Print a KubeRay RayJob for a run, to be given to `kubectl apply -f -`."""
-    from launch.render import render as write
+    from launch.kubernetes.render import render as write
 
     cluster = {"image": image, "namespace": namespace, "claim": storage_claim, "memory": memory, "spot": spot}
     optional = {"queue": queue, "network_policy": network_policy, "auth": auth, "retries": retries, "ttl": ttl}
@@ -160,7 +160,7 @@ def submit(
     any_version: AnyVersion = False,
 ) -> None:
     """Start a run on a cluster from a laptop; it goes on without it. Ctrl-C ends only this command."""
-    from launch.submit import submit as send
+    from launch.jobs.submit import submit as send
 
     send(config, overrides or [], address, follow, working_dir, any_version)
 
@@ -168,7 +168,7 @@ def submit(
 @app.command()
 def logs(run: Run, address: JobServer = None, follow: Follow = False) -> None:
     """Show what a submitted run says."""
-    from launch.submit import logs as show
+    from launch.jobs.submit import logs as show
 
     show(run, address, follow)
 
@@ -176,7 +176,7 @@ def logs(run: Run, address: JobServer = None, follow: Follow = False) -> None:
 @app.command(hidden=True)
 def drive() -> None:
     """On the cluster: check and run what `zoray submit` has sent."""
-    from launch.driver import drive as run
+    from launch.jobs.driver import drive as run
 
     run()
 
@@ -188,7 +188,7 @@ def answer(
     lasting: Annotated[float, typer.Option(help="Seconds for which it is answered.")] = 0.0,
 ) -> None:
     """On the cluster: answer a question that came over HTTP."""
-    from launch.driver import answer as say
+    from launch.jobs.driver import answer as say
 
     say(words, every, lasting)
 
@@ -206,7 +206,7 @@ Address = Annotated[
 def _over_http(address: str | None, *words: str) -> bool:
     """Ask the cluster itself where its address is that of a job server; whether it is."""
     if http := _http(address):
-        from launch.remote import relay
+        from launch.jobs.remote import relay
 
         relay(http, *words)
     return http is not None
@@ -239,7 +239,7 @@ def status(run: Run, as_json: Json = False, output_dir: Runs = "runs", address: 
 @app.command()
 def watch(run: Run, output_dir: Runs = "runs", address: Address = None) -> None:
     """Look at a run in the terminal until it ends. Ctrl-C leaves it going."""
-    from launch.watch import watch as look
+    from launch.watching.watch import watch as look
 
     look(run, output_dir, address)
 
@@ -263,7 +263,7 @@ def scale(
 def stop(run: Run, output_dir: Runs = "runs", address: Address = None) -> None:
     """End a run at the next step boundary, from another process; it can be resumed."""
     if http := _http(address):
-        from launch.submit import stop as end_job
+        from launch.jobs.submit import stop as end_job
 
         end_job(run, http, *_flags(False, output_dir))
         return

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.curve import Curve
-from launch.braille import draw
+from launch.watching.braille import draw
 
 VALUES = st.lists(st.floats(-1e3, 1e3) | st.just(math.nan), min_size=1, max_size=300)
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.kuberay import network_policy, ray_job
-from launch.kuberules import violations
-from launch.pods import Cluster
+from launch.kubernetes.kuberay import network_policy, ray_job
+from launch.kubernetes.pods import Cluster
+from launch.kubernetes.rules import violations
 from tests.unit import kustomization
 from tests.unit.crds import ROOT, Object, documents, faults, needs_crds
 from zoray import __version__

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.kuberay import workers
-from launch.kuberules import MAX_NAME, violations
-from launch.pods import GRACE_SECONDS, times
-from launch.render import to_yaml
+from launch.kubernetes.kuberay import workers
+from launch.kubernetes.pods import GRACE_SECONDS, times
+from launch.kubernetes.render import to_yaml
+from launch.kubernetes.rules import MAX_NAME, violations
 from tests.unit.crds import ROOT, Object, documents, faults, needs_crds
 from zoray import __version__
 from zoray.config import RunConfig, load

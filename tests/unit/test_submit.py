@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.driver import CONFIG, SUBMISSION, check_versions
-from launch.jobserver import RUN, _lines, _own
-from launch.remote import _placed, jobs_of
-from launch.submit import _parcel
-from launch.wire import MARK, heard, packed, unpacked
+from launch.jobs.driver import CONFIG, SUBMISSION, check_versions
+from launch.jobs.jobserver import RUN, _lines, _own
+from launch.jobs.remote import _placed, jobs_of
+from launch.jobs.submit import _parcel
+from launch.jobs.wire import MARK, heard, packed, unpacked
 from zoray import __version__
 from zoray.config import RunConfig, load
 from zoray.errors import ConfigError, ResourceError, ZorayError

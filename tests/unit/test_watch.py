@@ -16,8 +16,8 @@ from rich.console import Console
 from actors.journal import Progress, Split
 from actors.lock import RunLock
 from actors.status import ReplicaStatus, RunStatus
-from launch.view import Changes, view
-from launch.watch import Watch, remembered, watch
+from launch.watching.view import Changes, view
+from launch.watching.watch import Watch, remembered, watch
 from tests.unit.run_builder import BuiltRun, build_run
 from zoray.errors import ResourceError, RunError
 from zoray.protocol import Evaluation
@@ -201,7 +201,7 @@ def test_a_coordinator_that_died_is_an_error_that_says_how_to_go_on(folder: RunF
 def test_a_run_that_goes_on_but_is_not_heard_of_is_not_said_to_be_dead(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.watch._PATIENCE", 0.0)
+    monkeypatch.setattr("launch.watching.watch._PATIENCE", 0.0)
     folder.write_state({"state": "running"})
     lock = RunLock(folder.path).acquire()
     try:

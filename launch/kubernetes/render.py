@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from launch.kuberay import objects
-from launch.kuberules import MAX_NAME, violations
-from launch.pods import METRICS_PORT, MOUNT, Cluster, release
+from launch.kubernetes.kuberay import objects
+from launch.kubernetes.pods import METRICS_PORT, MOUNT, Cluster, release
+from launch.kubernetes.rules import MAX_NAME, violations
 from launch.preflight import PROCESS_BYTES, count_weights
 from zoray import __version__
 from zoray.config import RunConfig, load
@@ -32,7 +32,7 @@ _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 def render(config_path: str, overrides: list[str], **settings: Any) -> None:
     """Print the objects of a run as YAML; what the cluster's volume must have, and where, is said on standard error.
 
-    `settings` are those of `launch.pods.Cluster`, without the version of Ray, which is the one installed here.
+    `settings` are those of `Cluster`, without the version of Ray, which is the one installed here.
 
     Raises:
         ConfigError: the configuration or a setting is not right, or Kubernetes, KubeRay or Kueue would refuse it.

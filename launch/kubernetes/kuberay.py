@@ -1,6 +1,6 @@
 """The Kubernetes objects of a run: a KubeRay RayJob (ray.io/v1), its configuration, and what goes with it.
 
-Pure functions from a configuration to plain dictionaries; `launch.render` checks, writes and explains them. `k8s/` has
+Pure functions from a configuration to plain dictionaries; `render` checks, writes and explains them. `k8s/` has
 the same objects to be read and edited by hand, and a test keeps the two equal.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from launch import pods
-from launch.pods import CONFIG_FILE, CONFIG_FOLDER, Cluster, Object, Workers, labels
+from launch.kubernetes import pods
+from launch.kubernetes.pods import CONFIG_FILE, CONFIG_FOLDER, Cluster, Object, Workers, labels
 from zoray.config import RunConfig, dump
 
 _GROUP = "workers"

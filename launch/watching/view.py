@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from launch.braille import draw
 from launch.progress import clock, panel
 from launch.status import counts, replica_table
+from launch.watching.braille import draw
 
 if TYPE_CHECKING:
     from actors.journal import Progress, Split

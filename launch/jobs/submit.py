@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from launch.driver import CONFIG, SUBMISSION
-from launch.jobserver import OUTPUT_DIR, RUN, JobServer, require_http_address
-from launch.remote import jobs_of, no_zoray, relay, require_job
-from launch.wire import heard, unpacked
+from launch.jobs.driver import CONFIG, SUBMISSION
+from launch.jobs.jobserver import OUTPUT_DIR, RUN, JobServer, require_http_address
+from launch.jobs.remote import jobs_of, no_zoray, relay, require_job
+from launch.jobs.wire import heard, unpacked
 from zoray import __version__
 from zoray.config import RunConfig, dump, load
 from zoray.errors import ConfigError, ResourceError, RunError

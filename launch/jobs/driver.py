@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from launch.wire import VOLUME, enter_volume, packed, say
+from launch.jobs.wire import VOLUME, enter_volume, packed, say
 from zoray import __version__
 from zoray.config import RunConfig, load
 from zoray.errors import ConfigError, ResourceError, ZorayError
@@ -158,7 +158,7 @@ def _config(path: Path, local: dict[str, str]) -> RunConfig:
 
 def _check(config: RunConfig, folder: RunFolder) -> None:
     from launch.cluster import connect
-    from launch.machines import check_machines, check_offers
+    from launch.jobs.machines import check_machines, check_offers
     from launch.preflight import check_paths, check_port
 
     check_port(config)

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from launch.jobserver import OUTPUT_DIR, RUN, JobServer
-from launch.wire import heard, unpacked
+from launch.jobs.jobserver import OUTPUT_DIR, RUN, JobServer
+from launch.jobs.wire import heard, unpacked
 from zoray.errors import ResourceError, RunError, ZorayError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.wire import VOLUME
+from launch.jobs.wire import VOLUME
 
 Object = dict[str, Any]
 

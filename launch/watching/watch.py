@@ -15,10 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 from launch.control import IN_PROGRESS, Known, known
-from launch.looking import Look, looking
 from launch.progress import Lines, closing, facts
 from launch.status import ended, print_ended
-from launch.view import Changes, curve, split_bar, view
+from launch.watching.looking import Look, looking
+from launch.watching.view import Changes, curve, split_bar, view
 from zoray.errors import ResourceError, RunError, ZorayError
 from zoray.runs import RunFolder
 
