@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-# Those that start Ray come first and one after the other, in one of the two processes.
+# Those that start Ray come first: each room of them is one process's, in order, and the others fill up.
 TESTS := tests/cluster tests/integration tests/unit tests/simulation
 
 .PHONY: help .venv quickstart test soak gpu lint format bench docs clean

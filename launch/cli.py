@@ -241,7 +241,7 @@ def watch(run: Run, output_dir: Runs = "runs", address: Address = None) -> None:
     """Look at a run in the terminal until it ends. Ctrl-C leaves it going."""
     from launch.watching.watch import watch as look
 
-    look(run, output_dir, address)
+    look(run, output_dir, address, _http(address))
 
 
 @app.command()

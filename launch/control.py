@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoray.errors import ResourceError, RunError
 from zoray.runs import RunFolder
@@ -25,6 +26,7 @@ from zoray.runs import RunFolder
 if TYPE_CHECKING:
     from actors.status import RunStatus
 
+_T = TypeVar("_T")
 _PATIENCE = 30.0
 
 IN_PROGRESS = ("starting", "running")
@@ -252,3 +254,41 @@ def to_json(status: RunStatus | Known) -> str:
         return None if isinstance(value, float) and value - value != 0 else value
 
     return json.dumps(clean(asdict(status)))
+
+
+def status_of(said: dict[str, Any]) -> RunStatus:
+    """The status that `to_json` has made this of.
+
+    Raises:
+        RunError: it is none of this version.
+    """
+    from actors.status import RunStatus
+
+    progress = dict(said.get("progress", {}))
+    for name in ("first", "last"):
+        if progress.get(name):
+            progress[name] = {key: _number(value) for key, value in progress[name].items()}
+    progress["curve"] = [(step, _number(loss)) for step, loss in progress.get("curve", ())]
+    return _read(RunStatus, {**said, "progress": progress})
+
+
+def _number(value: float | None) -> float:
+    """JSON has none that is not finite."""
+    return math.nan if value is None else value
+
+
+def known_of(said: dict[str, Any]) -> Known:
+    """As `status_of`, of a run whose folder alone tells."""
+    return _read(Known, said)
+
+
+def _read(kind: type[_T], said: dict[str, Any]) -> _T:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(said)
+    except ValidationError as error:
+        raise RunError(
+            f"The cluster's answer is not understood: {error.errors()[0]['msg']}.",
+            advice="the cluster must have the same version of Zoray as this machine",
+        ) from None

@@ -28,11 +28,12 @@ VOCABULARY = 128
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let what starts Ray run in one process, where pytest is spread over several."""
+    """Let what shares a Ray run in one process and in order, where pytest is spread over several."""
     here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).parts[0] in ("integration", "cluster"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        room = item.path.relative_to(here).parts[0]
+        if room in ("integration", "cluster"):
+            item.add_marker(pytest.mark.xdist_group(room))
 
 
 class TinyModel(Protocol):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import secrets
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ def ask(address: str, *words: str) -> str:
         time.sleep(_POLL)
 
 
-def asks(address: str, *words: str, every: float = 1.0) -> Iterator[str]:
+def asks(address: str, *words: str, every: float = 1.0) -> Generator[str, None, None]:
     """The same question every so many seconds, answered by one job; ends with the question's first error.
 
     Close the iterator when the answers are no longer wanted; the job ends then, or by itself within five minutes.

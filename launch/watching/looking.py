@@ -1,7 +1,8 @@
-"""Where `zoray watch` gets a run's status from: one function, whatever is behind it."""
+"""Where `zoray watch` gets a run's status from: one function, whether Ray or its job server is behind it."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -9,8 +10,8 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from launch.control import attach
-from zoray.errors import ResourceError, ZorayError
+from launch.control import Known, attach, known_of, status_of
+from zoray.errors import ResourceError, RunError, ZorayError
 
 if TYPE_CHECKING:
     from actors.status import RunStatus
@@ -19,6 +20,17 @@ Look = Callable[[], "RunStatus | None"]
 """Says where a run is; None: nothing was heard for a second. Raises ZorayError when it cannot be asked any more."""
 
 _INTERVAL = 0.5
+
+
+class HasEnded(RunError):
+    """The run is over; `known` is what its folder says of it, wherever that is."""
+
+    def __init__(self, known: Known) -> None:
+        super().__init__(f"The run {known.name} is not in progress: {known.words}.", where=known.path)
+        self.known = known
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HasEnded, (self.known,)
 
 
 @contextmanager
@@ -72,3 +84,23 @@ def _tell(pipe: Any, run: str, output_dir: str, address: str | None) -> None:
                     pipe.send(live.status(_INTERVAL))
         except ZorayError as error:
             pipe.send(error)
+
+
+@contextmanager
+def looking_over_http(run: str, output_dir: str, http: str) -> Iterator[Look]:
+    """As `looking`, through the job server at `http` alone; a run that is over raises `HasEnded`."""
+    from launch.jobs.remote import asks
+
+    words = ["status", run, "--json", *(["--output-dir", output_dir] if output_dir != "runs" else [])]
+    answers = asks(http, *words)
+
+    def look() -> RunStatus | None:
+        said = json.loads(next(answers))
+        if "progress" not in said:
+            raise HasEnded(known_of(said))
+        return status_of(said)
+
+    try:
+        yield look
+    finally:
+        answers.close()

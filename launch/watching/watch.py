@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from rich.text import Text
 from launch.control import IN_PROGRESS, Known, known
 from launch.progress import Lines, closing, facts
 from launch.status import ended, print_ended
-from launch.watching.looking import Look, looking
+from launch.watching.looking import HasEnded, Look, looking, looking_over_http
 from launch.watching.view import Changes, curve, split_bar, view
 from zoray.errors import ResourceError, RunError, ZorayError
 from zoray.runs import RunFolder
@@ -33,14 +33,21 @@ _PATIENCE = 40.0
 """Seconds after which the lock of a coordinator that died is free, on any volume."""
 
 
-def watch(run: str, output_dir: str, address: str | None) -> None:
+def watch(run: str, output_dir: str, address: str | None, http: str | None = None) -> None:
     """Show a run in progress until it ends; of one that has ended, what it was when it did.
+
+    Args:
+        run, output_dir, address: as for `launch.control.attach`.
+        http: address of a job server; the run and its folder are on the cluster then.
 
     Raises:
         RunError: there is no such run, or its coordinator died.
         ResourceError: its cluster cannot be reached.
     """
     console = Console(highlight=False, soft_wrap=True)
+    if http is not None:
+        _follow(console, run, None, looking_over_http(run, output_dir, http))
+        return
     told = ended(run, output_dir) if not address else None
     if told is not None:
         _show_ended(console, told)
@@ -49,8 +56,12 @@ def watch(run: str, output_dir: str, address: str | None) -> None:
     with suppress(RunError):
         # It need not be here.
         folder = RunFolder.find(run, output_dir)
+    _follow(console, run, folder, looking(run, output_dir, address))
+
+
+def _follow(console: Console, run: str, folder: RunFolder | None, source: AbstractContextManager[Look]) -> None:
     try:
-        with looking(run, output_dir, address) as look:
+        with source as look:
             Watch(console, run, folder).until_it_ends(look)
     except KeyboardInterrupt:
         console.print(f"{run} goes on; `zoray watch {run}` looks at it again", markup=False)
@@ -123,6 +134,8 @@ class Watch:
         Raises:
             ZorayError: it says nothing, or that the run goes on.
         """
+        if isinstance(error, HasEnded):
+            return error.known
         if self.folder is None or (self.last is None and self._ended_meanwhile() is None):
             raise self._unheard(error)
         deadline = time.monotonic() + _PATIENCE

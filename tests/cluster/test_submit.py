@@ -115,7 +115,12 @@ def test_a_run_is_submitted_seen_scaled_stopped_and_resumed(
     until(lambda: folder.read_state().get("state") == "stopped", "the end of the run")
     step = steps(folder)
     laptop.full_speed()
-    said = done(laptop, "resume", "far", "--follow")
+    with ThreadPoolExecutor() as both:
+        resumed = both.submit(done, laptop, "resume", "far", "--follow")
+        until(lambda: folder.read_state().get("state") == "running", "the run's second life")
+        # Where it has come to an end before it was looked at, that is what there is to see.
+        assert "all 200 steps are committed" in done(laptop, "watch", "far")
+        said = resumed.result()
     assert f"continuing with step {step}" in said and f"digest of the weights {undisturbed.digest}" in said
     same(folder, undisturbed)
     with ThreadPoolExecutor() as both:

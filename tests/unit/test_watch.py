@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from rich.console import Console
 from actors.journal import Progress, Split
 from actors.lock import RunLock
 from actors.status import ReplicaStatus, RunStatus
+from launch.control import Known, status_of, to_json
 from launch.watching.view import Changes, view
 from launch.watching.watch import Watch, remembered, watch
 from tests.unit.run_builder import BuiltRun, build_run
@@ -269,3 +271,44 @@ def test_an_unknown_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(RunError, match="no run 'nope'"):
         watch("nope", str(tmp_path), None)
+
+
+def test_status_crosses_a_wire_and_comes_back() -> None:
+    starting = replica("r0", "starting", host=None, pid=None, step=None, lag=None)
+    for made in (status(), status(starting, loss=None, last=None), status(text="x", curve=())):
+        assert status_of(json.loads(to_json(made))) == made
+    diverged = status(curve=((0.0, float("nan")),), last=Evaluation(float("nan"), 0.1, 10, 0))
+    assert to_json(status_of(json.loads(to_json(diverged)))) == to_json(diverged)
+    with pytest.raises(RunError, match="same version"):
+        status_of({"run": "r"})
+
+
+def answering(*texts: str) -> Any:
+    def asks(address: str, *words: str, every: float = 1.0) -> Iterator[str]:
+        assert (address, words) == ("http://head:8265", ("status", "r", "--json"))
+        yield from texts
+        raise ResourceError("the cluster is gone")
+
+    return asks
+
+
+@pytest.mark.parametrize(("state", "says"), [("done", "all 400 steps"), ("stopped", "stopped at"), ("lost", "died")])
+def test_watch_over_http_sees_the_end(
+    state: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"done": "all 400 steps are committed", "stopped": "stopped at step 100"}.get(state)
+    known = Known("r", "/there/r", "r", state, 100, 400, 2.0, text)
+    monkeypatch.setattr("launch.jobs.remote.asks", answering(to_json(status()), to_json(known)))
+    if state == "lost":
+        with pytest.raises(RunError, match=says):
+            watch("r", "runs", None, "http://head:8265")
+        return
+    watch("r", "runs", None, "http://head:8265")
+    said = capsys.readouterr().out
+    assert says in said and "step 100/400" in said
+
+
+def test_watch_over_http_says_that_nothing_is_heard_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.jobs.remote.asks", answering(to_json(status())))
+    with pytest.raises(ResourceError, match="Nothing is heard of r any more, after step 100"):
+        watch("r", "runs", None, "http://head:8265")
