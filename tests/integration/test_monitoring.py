@@ -25,7 +25,9 @@ from tests.integration.warm import WarmFleet
 from zoray.protocol.membership import SlotPhase
 
 ROOT = Path(__file__).parents[2]
-STEPS, PATIENCE = 24, 90.0
+STEPS, PATIENCE = 24, 240.0
+
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
