@@ -314,6 +314,8 @@ class Coordinator:
                     self.journal.digest(finish.step, finish.digest)
                 self.journal.say(f"{finish.reason}: {finish.text}")
                 self._note_state(finish.reason, step=finish.step, text=finish.text)
+        # Trackers may take a while for their last reports, and nobody is to pay for idle replicas meanwhile.
+        self.roster.close()
         size = sum(path.stat().st_size for path in self.folder.ledger.iterdir())
         self.journal.finished(size, None if self.lock.lost else finish.reason)
 

@@ -148,6 +148,7 @@ def render(
     write(config, overrides or [], **cluster, **optional)
 
 
+@app.command()
 def submit(
     config: Annotated[str, typer.Argument(help="The run's YAML file.")],
     overrides: Overrides = None,

@@ -38,6 +38,12 @@ def connect(config: RunConfig) -> Place:
 
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    if address and address.startswith(("http://", "https://")):
+        raise ResourceError(
+            "RAY_ADDRESS is the address of a job server, and a run in this process needs that of Ray.",
+            where=f"RAY_ADDRESS={address}",
+            advice="start the run with `zoray submit`, or unset RAY_ADDRESS to run on this machine alone",
+        )
     if address:
         try:
             if not ray.is_initialized():

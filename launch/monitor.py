@@ -222,13 +222,15 @@ def find_grafana() -> tuple[list[str], Path] | None:
 
 @contextmanager
 def _ended() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set for the time of the block: they are how this command is meant to end."""
+    """An event that Ctrl-C, SIGTERM and the end of the terminal set for the time of the block: so this is to end."""
     event = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> Any:
         event.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Under nohup the end of the terminal means nothing, and is left at that.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield event
     finally:

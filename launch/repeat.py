@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from actors.lock import STALE_AFTER, RunLock, held_by
-from launch.train import resume, train
+from launch.train import Stopped, resume, train
 from zoray.config import RunConfig, changed, load
 from zoray.errors import ConfigError, RunError
 from zoray.runs import RunFolder
@@ -26,19 +26,24 @@ def train_or_resume(config_path: str, overrides: list[str]) -> None:
 
     Raises:
         ZorayError: the run cannot begin or continue, or ended with a fault.
-        SystemExit: it was stopped at a step boundary.
+        Stopped: it was stopped at a step boundary by a signal. One that was stopped by `zoray stop` has ended as it
+            should: whoever repeats a command that fails must not start it again.
     """
     config = load(config_path, overrides)
     folder = _named(config, config_path)
     _await_end(folder)
-    if (folder.ledger / "commits.bin").exists():
-        _renew(folder, config, config_path)
-        resume(str(folder.path), [])
-        return
-    if _is_unborn(folder):
-        # What a kill before the first step left, down to the lock file: nobody has it.
-        shutil.rmtree(folder.path)
-    train(config_path, overrides)
+    try:
+        if (folder.ledger / "commits.bin").exists():
+            _renew(folder, config, config_path)
+            resume(str(folder.path), [])
+            return
+        if _is_unborn(folder):
+            # What a kill before the first step left, down to the lock file: nobody has it.
+            shutil.rmtree(folder.path)
+        train(config_path, overrides)
+    except Stopped as stopped:
+        if stopped.by_signal:
+            raise
 
 
 def _named(config: RunConfig, config_path: str) -> RunFolder:
@@ -65,7 +70,11 @@ def _renew(folder: RunFolder, config: RunConfig, config_path: str) -> None:
 
 def _is_unborn(folder: RunFolder) -> bool:
     """Whether there is a folder, and nothing in it but what a run has before its first step."""
-    return folder.path.is_dir() and {path.name for path in folder.path.iterdir()} <= _OURS
+    if not folder.path.is_dir():
+        return False
+    # A kill may have come in the middle of writing one of them.
+    names = {path.name for path in folder.path.iterdir() if not path.name.startswith(".") and path.suffix != ".tmp"}
+    return names <= _OURS
 
 
 def _await_end(folder: RunFolder) -> None:

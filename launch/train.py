@@ -28,7 +28,7 @@ def train(config_path: str, overrides: list[str]) -> None:
 
     Raises:
         ZorayError: the run cannot start, or ended with a fault.
-        SystemExit: it was stopped at a step boundary.
+        Stopped: it was stopped at a step boundary.
     """
     config = load(config_path, overrides)
     check_port(config)
@@ -46,9 +46,11 @@ def begin(folder: RunFolder, config: RunConfig) -> None:
     """
     try:
         _follow(folder, config, resume=False)
-    except (ZorayError, KeyboardInterrupt):
-        if not (folder.ledger / "commits.bin").exists():
-            shutil.rmtree(folder.path)
+    except BaseException as error:
+        # Whoever has its lock may be about to write the first step.
+        another = isinstance(error, RunError) and error.where == str(folder.path / "lock")
+        if not another and not (folder.ledger / "commits.bin").exists():
+            shutil.rmtree(folder.path, ignore_errors=True)
         raise
 
 
@@ -59,7 +61,7 @@ def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock:
 
     Raises:
         ZorayError: the run cannot continue; the error names the key if an override would change its mathematics.
-        SystemExit: it was stopped again.
+        Stopped: it was stopped again.
     """
     folder, config = resumable(run, overrides, output_dir, break_lock)
     check_port(config)
@@ -128,10 +130,22 @@ def _follow(folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: b
             # `timeout`, Slurm and systemd send a signal to every process of a command, so to the embedded Ray's too.
             ray.shutdown()
             watcher.cut_off(died)
-            raise SystemExit(STOPPED) from None
+            raise Stopped(by_signal=True) from None
     watcher.end(progress, finish)
     ray.shutdown()
-    _conclude(finish, folder)
+    _conclude(finish, folder, interrupted.is_set())
+
+
+class Stopped(SystemExit):
+    """The run was stopped at a step boundary.
+
+    Attributes:
+        by_signal: to this process; else by `zoray stop`, from another one.
+    """
+
+    def __init__(self, by_signal: bool) -> None:
+        super().__init__(STOPPED)
+        self.by_signal = by_signal
 
 
 class _CoordinatorDied(ResourceError):
@@ -175,7 +189,7 @@ def start_coordinator(folder: RunFolder, config: RunConfig, place: Place) -> Any
         "name": actor_name(folder.name),
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
-        "max_concurrency": 16,
+        "max_concurrency": 64,
     }
     # Ray makes methods remote at run time, behind the back of any type checker.
     remote: Any = ray.remote(Coordinator)
@@ -207,9 +221,9 @@ def _forget_dead(name: str) -> None:
         ray.kill(old)
 
 
-def _conclude(finish: Any, folder: RunFolder) -> None:
+def _conclude(finish: Any, folder: RunFolder, by_signal: bool) -> None:
     if finish.reason == "stopped":
-        raise SystemExit(STOPPED)
+        raise Stopped(by_signal)
     kinds: dict[str, type[ZorayError]] = {"numerics": NumericsError, "storage": LedgerError, "failed": RunError}
     if finish.reason in kinds:
         raise kinds[finish.reason](finish.text, where=f"step {finish.step} of {folder.name}", advice=finish.advice)

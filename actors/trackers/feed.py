@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from queue import Full, Queue
@@ -65,5 +66,6 @@ class Feed:
                 call(tracker)
         except BaseException as error:
             # Even SystemExit, by which some libraries say that they cannot go on.
-            text = str(error).strip().splitlines()
+            # An address may have a password in it.
+            text = re.sub(r"://[^/\s@]+@", "://", str(error)).strip().splitlines()
             self.fault = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,8 @@ class MLflow:
         """Find the run at the server, or make it."""
         if self._id is not None:
             return
-        server = mlflow.get_tracking_uri()
+        # Without the password that it may have: the folder is read by many.
+        server = re.sub(r"://[^/\s@]+@", "://", mlflow.get_tracking_uri())
         known = self._folder.read_tracker("mlflow")
         if known.get("server") == server:
             self._id = known["run_id"]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from contextlib import redirect_stdout
@@ -157,11 +158,13 @@ def _config(path: Path, local: dict[str, str]) -> RunConfig:
 
 
 def _check(config: RunConfig, folder: RunFolder) -> None:
+    from actors.trackers import require
     from launch.cluster import connect
     from launch.jobs.machines import check_machines, check_offers
     from launch.preflight import check_paths, check_port
 
     check_port(config)
+    require(config, socket.gethostname())
     connect(config)
     check_offers(config)
     for warning in check_machines(config, folder):

@@ -16,6 +16,7 @@ import shlex
 import time
 from collections.abc import Generator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.jobs.jobserver import OUTPUT_DIR, RUN, JobServer
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 _QUESTION = "zoray-ask-"
 _PATIENCE = 120.0
 _POLL = 0.2
+_KEPT = 600.0
+"""Seconds an answered question is kept."""
+
 _LEASE = 300.0
 """Seconds after which a job that answers again and again ends by itself: nobody tells it that the laptop is gone."""
 
@@ -45,20 +49,26 @@ def ask(address: str, *words: str) -> str:
     job = _put(server, words)
     deadline = time.monotonic() + _PATIENCE
     while True:
-        # In this order: what it said last is there once it has ended.
-        ended = server.info(job).status.is_terminal()
-        for line in server.text(job).splitlines():
-            if (message := heard(line)) is not None:
-                return _answer(message)
-        if ended:
-            raise no_zoray(server, job)
-        if time.monotonic() > deadline:
-            raise ResourceError(
-                f"The cluster did not answer within {_PATIENCE:.0f} s.",
-                where=f"job {job} at {address}",
-                advice="its head may be busy; look at the job in Ray's dashboard",
-            )
-        time.sleep(_POLL)
+        try:
+            # In this order: what it said last is there once it has ended.
+            ended = server.info(job).status.is_terminal()
+            for line in server.text(job).splitlines():
+                if (message := heard(line)) is not None:
+                    return _answer(message)
+            if ended:
+                raise no_zoray(server, job)
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"The cluster did not answer within {_PATIENCE:.0f} s.",
+                    where=f"job {job} at {address}",
+                    advice="its head may be busy; look at the job in Ray's dashboard",
+                )
+            time.sleep(_POLL)
+        except BaseException:
+            # Nothing may be done later that was said to have failed.
+            with suppress(ZorayError):
+                server.stop(job)
+            raise
 
 
 def asks(address: str, *words: str, every: float = 1.0) -> Generator[str, None, None]:
@@ -127,8 +137,10 @@ def no_zoray(server: JobServer, job: str) -> ResourceError:
 def _put(server: JobServer, words: tuple[str, ...], *options: str) -> str:
     """Submit a question, and remove those that were answered before; returns its job."""
     jobs = server.jobs()
+    now = 1000 * time.time()
     for job in jobs:
-        if _is_question(job) and job.status.is_terminal():
+        # Whoever has asked may not have read it yet.
+        if _is_question(job) and job.status.is_terminal() and now - (job.end_time or now) > 1000 * _KEPT:
             with suppress(ZorayError):
                 server.forget(str(job.submission_id))
     submission_id = f"{_QUESTION}{secrets.token_hex(4)}"
@@ -156,6 +168,8 @@ def _names(entrypoint: str, run: str) -> bool:
     try:
         words = shlex.split(entrypoint)
     except ValueError:
+        return False
+    if len(words) < 2 or Path(words[0]).name != "zoray" or words[1] not in ("train", "resume"):
         return False
     return run in words or f"run_name={run}" in words
 

@@ -38,7 +38,8 @@ _ENDING = 30.0
 """Seconds for which a resume waits for the job of a run that was stopped just now."""
 
 _INTERRUPTED = 130
-_LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "venv", "__pycache__", "*.pyc", "runs", ".*_cache")
+_NOBODYS = shutil.ignore_patterns(".git", "__pycache__", "*.pyc", ".*_cache")
+_LEFT_OUT = {".venv", "venv", "runs"}
 
 
 def submit(
@@ -208,7 +209,7 @@ def _parcel(config: RunConfig, working_dir: Path | None, any_version: bool) -> I
         if working_dir is None:
             folder.mkdir()
         else:
-            shutil.copytree(working_dir, folder, ignore=_LEFT_OUT)
+            _copy(working_dir, folder)
         (folder / CONFIG).write_text(dump(config))
         _write_submission(folder, any_version, local)
         yield folder
@@ -227,6 +228,27 @@ def _write_submission(
     (folder / SUBMISSION).write_text(json.dumps(submission))
 
 
+def _copy(working_dir: Path, folder: Path) -> None:
+    """The user's own code, without what belongs to this machine; Ray leaves out what .gitignore and .rayignore name."""
+    top = str(working_dir)
+
+    def left_out(where: str, names: list[str]) -> set[str]:
+        return set(_NOBODYS(where, names)) | (_LEFT_OUT & set(names) if where == top else set())
+
+    try:
+        shutil.copytree(working_dir, folder, ignore=left_out)
+        for name in (".gitignore", ".rayignore"):
+            if (folder / name).is_file():
+                with (folder / name).open("a") as file:
+                    file.write(f"\n!/{CONFIG}\n!/{SUBMISSION}\n")
+    except (shutil.Error, OSError) as error:
+        raise ConfigError(
+            f"{working_dir} cannot be taken along: {error}.",
+            where="--working-dir",
+            advice="give a folder with nothing but your own code, all of which you may read",
+        ) from None
+
+
 def _folder(working_dir: Path) -> Path:
     if not working_dir.is_dir():
         raise ConfigError(
@@ -238,7 +260,8 @@ def _folder(working_dir: Path) -> Path:
 def _moved(config: RunConfig, working_dir: Path | None) -> tuple[RunConfig, dict[str, str]]:
     """The configuration with paths inside the working directory made relative to it; and what else is only here.
 
-    The second is a key and a path for each of the model and the data that exists on this machine and does not travel.
+    The second is a key and a path for each of the model and the data that exists on this machine: the cluster sees
+    whether it is there too, as what is left out of the working directory is not.
     """
     local: dict[str, str] = {}
     task: dict[str, Any] = {}
@@ -247,8 +270,8 @@ def _moved(config: RunConfig, working_dir: Path | None) -> tuple[RunConfig, dict
         if value is None or not os.path.exists(value):
             continue
         path = Path(value).resolve()
+        local[key] = str(path)
         if working_dir is None or not path.is_relative_to(working_dir):
-            local[key] = str(path)
             continue
         inside = str(path.relative_to(working_dir))
         if key == "model":
@@ -293,7 +316,11 @@ def _conclude(job: JobDetails, run: str, address: str) -> None:
         SystemExit: it is not 0.
     """
     if not job.status.is_terminal():
-        return
+        raise ResourceError(
+            f"The cluster has ended the connection; the run {run} goes on as far as is known.",
+            where=address,
+            advice=f"look at it with `zoray logs {run} --follow --address {address}`",
+        )
     if job.driver_exit_code:
         raise SystemExit(job.driver_exit_code)
     if job.status == "FAILED":

@@ -121,7 +121,11 @@ class Machines:
 
     def close(self) -> None:
         """End of the cluster."""
-        self._host.communicate(timeout=60)
+        try:
+            self._host.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._host.terminate()
+            self._host.communicate(timeout=60)
 
     def _ask(self, *words: object) -> Any:
         assert self._host.stdin is not None and self._host.stdout is not None

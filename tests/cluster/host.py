@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,12 @@ class Host:
         command = [*UNSHARE, "sh", "-c", f"mount -t tmpfs none {folder} && exec {start}"]
         before = self._alive()
         self.apart = subprocess.Popen(command, stdout=sys.stderr, stdin=subprocess.DEVNULL)
-        while self._alive() <= before:
+        for _ in range(1200):
+            if self._alive() > before:
+                return
             assert self.apart.poll() is None
+            time.sleep(0.1)
+        raise TimeoutError("the raylet does not come up")
 
     def remove_apart(self) -> None:
         """The end of that raylet and all its processes."""
@@ -105,6 +111,8 @@ class Host:
 
 def main() -> None:
     """Serve until the input ends."""
+    # So that the cluster is shut down too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     host = Host("--dashboard" in sys.argv)
     try:
         print(host.cluster.address, host.cluster.webui_url or "-", flush=True)

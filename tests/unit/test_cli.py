@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -96,6 +97,17 @@ def test_nothing_heavy_is_imported_to_answer_at_once(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_the_documents_name_is_there() -> None:
+    from launch.cli import app
+
+    there = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    root = Path(__file__).parents[2]
+    for path in (root / "README.md", root / "CHANGELOG.md", root / "k8s" / "README.md", *(root / "docs").glob("*.md")):
+        named = set(re.findall(r"(?:`|^|&& )zoray ([a-z]+)\b", path.read_text(), flags=re.MULTILINE))
+        assert named <= there, (path.name, named - there)
+        assert named or path.parent.name == "docs"
 
 
 def test_help_names_every_command(zoray: Zoray) -> None:

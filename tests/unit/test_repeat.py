@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from actors.lock import RunLock
 from launch import repeat
+from launch.train import Stopped
 from tests.unit.run_builder import BuiltRun, build_run, write_config
 from zoray.errors import ConfigError, RunError
 from zoray.runs import RunFolder
@@ -42,6 +44,20 @@ def test_what_changes_no_result_counts_from_then_on(built: BuiltRun) -> None:
     assert built.folder.config().replicas == 7
 
 
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_run_that_was_stopped_from_elsewhere_has_ended_well(
+    built: BuiltRun, by_signal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or Kubernetes would begin again what somebody has just stopped."""
+
+    def stopped(*arguments: object) -> None:
+        raise Stopped(by_signal)
+
+    monkeypatch.setattr(repeat, "resume", stopped)
+    with pytest.raises(Stopped) if by_signal else nullcontext():
+        repeat.train_or_resume(*words(built))
+
+
 def test_a_run_that_another_process_has_is_waited_for(built: BuiltRun, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     with RunLock(built.folder.path) as lock:
@@ -66,6 +82,9 @@ def test_only_a_folder_in_which_nothing_is_but_a_run_before_its_first_step_is_be
     built: BuiltRun, tmp_path: Path
 ) -> None:
     made = RunFolder.create(built.config.model_copy(update={"output_dir": str(tmp_path / "new"), "run_name": "a"}), "x")
+    assert repeat._is_unborn(made)
+    (made.path / ".lock-x").touch()
+    (made.path / "state.json.tmp").touch()
     assert repeat._is_unborn(made)
     (made.path / "notes.md").write_text("mine")
     assert not repeat._is_unborn(made)

@@ -73,14 +73,28 @@ def test_only_the_configuration_travels(project: Path) -> None:
 def test_the_users_own_code_travels_where_asked_for(project: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere.jsonl").write_text('{"text": "a"}\n')
     config = load(project / "run.yaml", [f"task.train={tmp_path / 'elsewhere.jsonl'}"])
+    (project / ".gitignore").write_text("*.json\n.*\n")
+    for name in ("runs", "my_model/runs"):
+        (project / name).mkdir()
     with _parcel(config, project, any_version=True) as folder:
         assert (folder / "my_model" / "modeling.py").is_file() and not (folder / ".git").exists()
+        # Those of Zoray on this machine, and a package of that name.
+        assert not (folder / "runs").exists() and (folder / "my_model" / "runs").is_dir()
+        # Ray leaves out what these lines say; the last one counts.
+        assert (folder / ".gitignore").read_text().splitlines()[-2:] == [f"!/{CONFIG}", f"!/{SUBMISSION}"]
         # There it is found beside the configuration again, wherever Ray unpacks it.
         there = load(folder / CONFIG)
         submission = json.loads((folder / SUBMISSION).read_text())
         assert there.model == str(folder / "my_model")
-    assert submission["local"] == {"task.train": str(tmp_path / "elsewhere.jsonl")}
+    # The cluster looks whether both are there.
+    assert submission["local"] == {"model": str(project / "my_model"), "task.train": config.task.train}
     assert there.task.eval == "s3://b/e.jsonl" and there.task.train == config.task.train
+
+
+def test_a_working_dir_that_cannot_be_copied_is_refused(project: Path) -> None:
+    (project / "dangling").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="cannot be taken along"), _parcel(load(project / "run.yaml"), project, False):
+        pass
 
 
 def test_a_working_dir_must_be_a_folder(project: Path) -> None:
@@ -112,6 +126,7 @@ def test_the_jobs_of_a_run_are_found() -> None:
     assert jobs_of(jobs, "a") == [first, second]
     assert jobs_of(jobs, "b") == [rayjob]
     assert jobs_of(jobs, "run") == []
+    assert jobs_of([job("x", "python train.py --env b"), job("y", "zoray plot b")], "b") == []
     assert _placed(jobs, ("scale", "a", "--", "3")) == ("scale", "a", "--output-dir", "/v", "--", "3")
     assert _placed(jobs, ("status", "a", "--output-dir", "/w")) == ("status", "a", "--output-dir", "/w")
     assert _placed(jobs, ("list",)) == ("list",)
