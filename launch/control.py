@@ -84,7 +84,7 @@ def attach(run: str, output_dir: str = "runs", address: str | None = None) -> It
         RunError: there is no such run in progress; the error lists those there are.
         ResourceError: its cluster cannot be reached.
     """
-    folder = _folder(run, output_dir)
+    folder = RunFolder.here(run, output_dir)
     name = folder.name if folder else Path(run).name
     if folder is not None and not address:
         told = known(folder)
@@ -185,13 +185,6 @@ def known(folder: RunFolder) -> Known:
     step = said["step"] if "step" in said else int(last["step"]) + 1 if last else 0
     loss = last.get("loss")
     return Known(folder.name, str(folder.path), folder.reference, state, step, max_steps, loss, said.get("text"))
-
-
-def _folder(run: str, output_dir: str) -> RunFolder | None:
-    for path in (Path(run), Path(output_dir) / run):
-        if (path / "config.yaml").is_file():
-            return RunFolder(path.absolute())
-    return None
 
 
 def _not_running(name: str, why: str, output_dir: str, told: Known | None, there: Iterable[str] = ()) -> RunError:

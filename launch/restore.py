@@ -52,12 +52,7 @@ def open_ledger(folder: RunFolder) -> Ledger:
         RunError: the run has none.
         LedgerError: it is damaged.
     """
-    if not (folder.ledger / "commits.bin").exists():
-        raise RunError(
-            "The run has no ledger: it ended before its first step.",
-            where=str(folder.path),
-            advice="start it anew with `zoray train`",
-        )
+    folder.require_ledger()
     ledger = Ledger.open(folder.ledger, repair=False)
     for text in ledger.warnings:
         _warn(text)

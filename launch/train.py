@@ -87,12 +87,7 @@ def resumable(run: str, overrides: list[str], output_dir: str, break_lock: bool)
     if not break_lock:
         # To refuse a run that goes on before anything is started for it; the coordinator's own lock is what counts.
         RunLock(folder.path).acquire().release()
-    if not (folder.ledger / "commits.bin").exists():
-        raise RunError(
-            "The run has no ledger: it ended before its first step.",
-            where=str(folder.path),
-            advice="start it anew with `zoray train`",
-        )
+    folder.require_ledger()
     return folder, config
 
 

@@ -105,9 +105,8 @@ class RunFolder:
         Raises:
             RunError: there is no such run; the error lists those there are.
         """
-        for path in (Path(run), Path(output_dir) / run):
-            if (path / "config.yaml").is_file():
-                return RunFolder(path.absolute())
+        if (folder := RunFolder.here(run, output_dir)) is not None:
+            return folder
         known = [folder.name for folder in RunFolder.all(output_dir)]
         raise RunError(
             f"There is no run {run!r}.",
@@ -116,10 +115,31 @@ class RunFolder:
         )
 
     @staticmethod
+    def here(run: str, output_dir: str = "runs") -> RunFolder | None:
+        """As `find`; None if there is no such run."""
+        for path in (Path(run), Path(output_dir) / run):
+            if (path / "config.yaml").is_file():
+                return RunFolder(path.absolute())
+        return None
+
+    @staticmethod
     def all(output_dir: str = "runs") -> list[RunFolder]:
         """The runs under `output_dir`, by name: the folders with a configuration."""
         found = sorted(path.parent for path in Path(output_dir).absolute().glob("*/config.yaml") if path.is_file())
         return [RunFolder(path) for path in found]
+
+    def require_ledger(self) -> None:
+        """See that the run has begun.
+
+        Raises:
+            RunError: it has no ledger.
+        """
+        if not (self.ledger / "commits.bin").exists():
+            raise RunError(
+                "The run has no ledger: it ended before its first step.",
+                where=str(self.path),
+                advice="remove that folder, and start it anew with `zoray train`",
+            )
 
     def write_config(self, config: RunConfig) -> None:
         """Write the configuration as resolved."""

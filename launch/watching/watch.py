@@ -52,11 +52,8 @@ def watch(run: str, output_dir: str, address: str | None, http: str | None = Non
     if told is not None:
         _show_ended(console, told)
         return
-    folder: RunFolder | None = None
-    with suppress(RunError):
-        # It need not be here.
-        folder = RunFolder.find(run, output_dir)
-    _follow(console, run, folder, looking(run, output_dir, address))
+    # Its folder need not be here.
+    _follow(console, run, RunFolder.here(run, output_dir), looking(run, output_dir, address))
 
 
 def _follow(console: Console, run: str, folder: RunFolder | None, source: AbstractContextManager[Look]) -> None:
