@@ -10,10 +10,10 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-# Those that start Ray come first: each room of them is one process's, in order, and the others fill up.
-TESTS := tests/cluster tests/integration tests/unit tests/simulation
+# Those that start Ray come first, one after the other in one process, and the others beside them.
+TESTS := tests/integration tests/unit tests/simulation
 
-.PHONY: help .venv quickstart test soak gpu lint format bench docs clean
+.PHONY: help .venv quickstart test cluster soak gpu lint format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,8 +28,11 @@ help: ## this list
 quickstart: .venv/.stamp ## fine-tune a real model on real text, about three minutes on two cores
 	$(BIN)/python -m launch.quickstart
 
-test: .venv/.stamp ## all tests but those that need an accelerator, in two processes
+test: .venv/.stamp ## integration, unit and simulation tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(TESTS)
+
+cluster: .venv/.stamp ## several raylets, killed and drained; wants a machine that does nothing else meanwhile
+	$(BIN)/python -m pytest tests/cluster
 
 soak: .venv/.stamp ## what takes longer: 20,000 simulated schedules, then half an hour of kills on a real Ray
 	ZORAY_SCHEDULES=20000 $(BIN)/python -m pytest --timeout 3600 tests/simulation
