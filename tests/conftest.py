@@ -27,6 +27,7 @@ VOCABULARY = 128
 """Rows of the embeddings of every tiny model."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let what shares a Ray run in one process and in order, where pytest is spread over several."""
     here = Path(__file__).parent
