@@ -27,14 +27,12 @@ VOCABULARY = 128
 """Rows of the embeddings of every tiny model."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Let what shares a Ray run in one process and in order, where pytest is spread over several."""
-    here = Path(__file__).parent
-    for item in items:
-        room = item.path.relative_to(here).parts[0]
-        if room in ("integration", "cluster"):
-            item.add_marker(pytest.mark.xdist_group(room))
+    # Not when all are collected: pytest-xdist has read the groups by then.
+    room = item.path.relative_to(Path(__file__).parent).parts[0]
+    if room in ("integration", "cluster"):
+        item.add_marker(pytest.mark.xdist_group(room))
 
 
 class TinyModel(Protocol):
