@@ -10,10 +10,9 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-# Those that start Ray come first, one after the other in one process, and the others beside them.
 TESTS := tests/integration tests/unit tests/simulation
 
-.PHONY: help .venv quickstart test cluster soak gpu lint format bench docs clean
+.PHONY: help .venv quickstart test test-ray test-alone cluster soak gpu lint format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,8 +27,14 @@ help: ## this list
 quickstart: .venv/.stamp ## fine-tune a real model on real text, about three minutes on two cores
 	$(BIN)/python -m launch.quickstart
 
-test: .venv/.stamp ## integration, unit and simulation tests, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" $(TESTS)
+test: .venv/.stamp ## integration, unit and simulation tests: those that start Ray, and beside them those that do not
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-ray test-alone
+
+test-ray: .venv/.stamp
+	$(BIN)/python -m pytest -m "not gpu" -o cache_dir=.pytest_cache/ray tests/integration
+
+test-alone: .venv/.stamp
+	$(BIN)/python -m pytest -m "not gpu" tests/unit tests/simulation
 
 cluster: .venv/.stamp ## several raylets, killed and drained; wants a machine that does nothing else meanwhile
 	$(BIN)/python -m pytest tests/cluster

@@ -27,14 +27,6 @@ VOCABULARY = 128
 """Rows of the embeddings of every tiny model."""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Let what shares a Ray run in one process and in order, where pytest is spread over several."""
-    # Not when all are collected: pytest-xdist has read the groups by then.
-    room = item.path.relative_to(Path(__file__).parent).parts[0]
-    if room in ("integration", "cluster"):
-        item.add_marker(pytest.mark.xdist_group(room))
-
-
 class TinyModel(Protocol):
     """`tiny_model(kind, folder, **config)`: a random model and its tokenizer saved to a folder, which is returned."""
 
