@@ -33,8 +33,9 @@ test: .venv/.stamp ## integration, unit and simulation tests: those that start R
 test-ray: .venv/.stamp
 	$(BIN)/python -m pytest -m "not gpu" -o cache_dir=.pytest_cache/ray tests/integration
 
+# Ray's workers are nice, and would starve beside one that is not.
 test-alone: .venv/.stamp
-	$(BIN)/python -m pytest -m "not gpu" tests/unit tests/simulation
+	nice -n 19 $(BIN)/python -m pytest -m "not gpu" tests/unit tests/simulation
 
 cluster: .venv/.stamp ## several raylets, killed and drained; wants a machine that does nothing else meanwhile
 	$(BIN)/python -m pytest tests/cluster
