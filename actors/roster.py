@@ -84,6 +84,7 @@ class Roster:
         policy = Policy(minimum, maximum, settled_after=_SETTLED, hopeless_after=_ATTEMPTS, **avoided)
         self.members = initial_membership(policy, wanted)
         self.hopeless: str | None = None
+        self._closed = False
         self._patience = 0.0 if embedded else config.start_timeout
         self._inbox, self._journal, self._tell = inbox, journal, tell
         self._weighing: set[str] = set()
@@ -157,7 +158,10 @@ class Roster:
                 self.gone(name, reason, fault=False)
 
     def close(self) -> None:
-        """End every replica, and ask the cluster for nothing more."""
+        """End every replica, and ask the cluster for nothing more. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self.fleet.close()
         self.fleet.announce(0)
 

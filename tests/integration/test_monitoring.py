@@ -121,7 +121,7 @@ def monitored(programs: Path, tmp_path: Path) -> Iterator[Api]:
             assert f"http://127.0.0.1:{port}" in process.stdout.readline()
             yield Api(f"http://127.0.0.1:{port}")
             process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
+            assert process.wait(PATIENCE) == 0
             # Prometheus has ended with it.
             with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
                 pass
