@@ -38,8 +38,9 @@ def train_or_resume(config_path: str, overrides: list[str]) -> None:
             resume(str(folder.path), [])
             return
         if _is_unborn(folder):
-            # What a kill before the first step left, down to the lock file: nobody has it.
-            shutil.rmtree(folder.path)
+            # What a kill before the first step left, down to the lock file.
+            with RunLock(folder.path):
+                shutil.rmtree(folder.path)
         train(config_path, overrides)
     except Stopped as stopped:
         if stopped.by_signal:

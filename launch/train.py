@@ -41,11 +41,14 @@ def train(config_path: str, overrides: list[str]) -> None:
 def begin(folder: RunFolder, config: RunConfig) -> None:
     """See a new run, whose folder has just been made, to its end; without a first step no folder is left behind.
 
+    The folder is this process's from the beginning: nobody takes it for one that a kill left.
+
     Raises:
         ZorayError, SystemExit: as `train`.
     """
     try:
-        _follow(folder, config, resume=False)
+        with RunLock(folder.path) as claim:
+            _follow(folder, config, resume=False, claim=claim)
     except BaseException as error:
         # Whoever has its lock may be about to write the first step.
         another = isinstance(error, RunError) and error.where == str(folder.path / "lock")
@@ -100,14 +103,23 @@ def proceed(folder: RunFolder, config: RunConfig, break_lock: bool = False) -> N
     _follow(folder, config, resume=True, break_lock=break_lock)
 
 
-def _follow(folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: bool = False) -> None:
-    """Run a coordinator on the cluster's head and show its progress until the run is over."""
+def _follow(
+    folder: RunFolder, config: RunConfig, *, resume: bool, break_lock: bool = False, claim: RunLock | None = None
+) -> None:
+    """Run a coordinator on the cluster's head and show its progress until the run is over.
+
+    `claim`: this process's hold on the run, which the coordinator is given.
+    """
     watcher = Watcher(folder, config)
     with watcher.starting():
         place = connect(config)
         import ray
 
         coordinator = start_coordinator(folder, config, place)
+        if claim is not None:
+            # As late as possible: between two holders the run is anybody's.
+            _receive(coordinator.__ray_ready__.remote(), folder)
+            claim.release()
         prepared = _receive(coordinator.prepare.remote(resume, break_lock), folder)
         if resume:
             folder.write_config(config)

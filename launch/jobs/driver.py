@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from actors.lock import RunLock
 from launch.jobs.wire import VOLUME, enter_volume, packed, say
 from zoray import __version__
 from zoray.config import RunConfig, load
@@ -86,11 +87,12 @@ def _new(path: Path, local: dict[str, str]) -> tuple[RunFolder, RunConfig]:
     """A new run that has passed all checks; what was refused leaves no folder behind."""
     config = _config(path, local)
     folder = RunFolder.create(config, "run")
-    try:
-        _check(config, folder)
-    except BaseException:
-        shutil.rmtree(folder.path, ignore_errors=True)
-        raise
+    with RunLock(folder.path):
+        try:
+            _check(config, folder)
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
     return folder, config
 
 

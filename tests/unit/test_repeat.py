@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.lock import RunLock
-from launch import repeat
+from launch import repeat, train
 from launch.train import Stopped
 from tests.unit.run_builder import BuiltRun, build_run, write_config
 from zoray.errors import ConfigError, RunError
@@ -76,6 +76,48 @@ def test_a_run_that_another_process_keeps_is_refused(built: BuiltRun, monkeypatc
     monkeypatch.setattr(repeat, "PATIENCE", 0.0)
     with RunLock(built.folder.path), pytest.raises(RunError, match="is being written by process"):
         repeat.train_or_resume(*words(built))
+
+
+def test_a_run_that_another_process_is_about_to_begin_is_not_begun_again(
+    built: BuiltRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands of one name, begun at once: only a lock tells the folder of one from what a kill left."""
+    config = built.config.model_copy(update={"output_dir": str(tmp_path / "new"), "run_name": "a"})
+    monkeypatch.setattr(repeat, "PATIENCE", 0.0)
+    refusals = []
+
+    def follow(folder: RunFolder, *arguments: object, **options: object) -> None:
+        with pytest.raises(RunError, match="is being written by process") as refused:
+            repeat.train_or_resume(str(built.folder.config_path), ["run_name=a", f"output_dir={tmp_path / 'new'}"])
+        refusals.append(refused)
+        assert folder.config_path.is_file()
+
+    monkeypatch.setattr(train, "_follow", follow)
+    train.begin(RunFolder.create(config, "x"), config)
+    assert refusals
+
+
+def test_what_a_kill_left_is_begun_again_by_one_of_two(
+    built: BuiltRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = built.config.model_copy(update={"output_dir": str(tmp_path / "new"), "run_name": "a"})
+    left = RunFolder.create(config, "x")
+    (left.path / "state.json.tmp").touch()
+    begun = []
+
+    def begin(path: str, overrides: list[str]) -> None:
+        assert not left.path.exists()
+        begun.append(path)
+
+    monkeypatch.setattr(repeat, "train", begin)
+    words = (str(built.folder.config_path), ["run_name=a", f"output_dir={tmp_path / 'new'}"])
+    with RunLock(left.path):
+        monkeypatch.setattr(repeat, "_await_end", lambda folder: None)
+        with pytest.raises(RunError, match="is being written by process"):
+            repeat.train_or_resume(*words)
+        assert left.config_path.is_file()
+    repeat.train_or_resume(*words)
+    assert len(begun) == 1
 
 
 def test_only_a_folder_in_which_nothing_is_but_a_run_before_its_first_step_is_begun_again(
