@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is the machine's affair, which may be busy with the tests beside these.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # Read by huggingface_hub when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

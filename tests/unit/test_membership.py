@@ -567,7 +567,7 @@ def play(target: int, history: History, policy: Policy = QUICK, sick: Iterable[s
     return cluster
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 6), histories, sickness, st.booleans())
 @example(3, [("wait", "a", 12)] * 4, {"a", "b"}, True)
 def test_calm_cluster_reaches_the_target_whatever_happened_before(
@@ -585,7 +585,7 @@ def test_calm_cluster_reaches_the_target_whatever_happened_before(
         assert cluster.state.born == born, "a calm cluster is let alone"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 6), histories, sickness)
 @example(3, [("wait", "a", 12)] * 4, {"a", "b"})
 def test_run_gives_up_only_without_replicas_after_enough_failures(
@@ -602,7 +602,7 @@ def test_run_gives_up_only_without_replicas_after_enough_failures(
     assert announced[0] == target and all(a != b for a, b in pairwise(announced))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(histories)
 def test_machine_that_flaps_is_tried_again_eventually(history: History) -> None:
     cluster = play(2, history, replace(QUICK, hopeless_after=999))

@@ -136,7 +136,7 @@ def test_the_order_of_terms_does_not_matter(dtype: torch.dtype) -> None:
     assert_same(apply(directions, tensors, [commit]), apply(directions, tensors, [shuffled]))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from(DTYPES), st.integers(1, 400), st.sampled_from([("rank", 1), ("rank", 4), ("rademacher", 1)]))
 def test_row_blocks_do_not_matter(dtype: torch.dtype, block: int, kind: tuple[str, int]) -> None:
     tensors = weights(dtype)
@@ -145,7 +145,7 @@ def test_row_blocks_do_not_matter(dtype: torch.dtype, block: int, kind: tuple[st
     assert_same(apply(directions, tensors, commits), apply(directions, tensors, commits, block_elements=block))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.sampled_from(DTYPES), st.sampled_from([("rank", 1), ("rank", 4), ("rademacher", 1)]), st.data())
 def test_flat_shards_do_not_matter(dtype: torch.dtype, kind: tuple[str, int], data: st.DataObject) -> None:
     tensors = weights(dtype)
