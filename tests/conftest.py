@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,10 @@ from hypothesis import HealthCheck, settings
 # How long an example takes is the machine's affair, which may be busy with the tests beside these.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+# A shell has what it runs in the background ignore Ctrl-C, and every command that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read by huggingface_hub when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
