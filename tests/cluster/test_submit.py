@@ -138,7 +138,9 @@ def test_a_followed_run_goes_on_without_the_laptop(
     file = laptop.folder / "said.txt"
     with file.open("wb") as output:
         words = [*ZORAY, "submit", "run.yaml", "run_name=alone", "--follow"]
-        command = subprocess.Popen(words, cwd=laptop.folder, env=laptop.env, stdout=output, stderr=subprocess.STDOUT)
+        command = subprocess.Popen(
+            words, cwd=laptop.folder, env=laptop.env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     folder = RunFolder(volume / "runs" / "alone")
     driver = Driver(command, file, folder)  # type: ignore[arg-type]
     laptop.started.append(driver)
