@@ -207,7 +207,9 @@ class SimulatedCoordinator:
             raise PowerCutError
         match action:
             case Assign(name, item, start):
-                assert self.ledger is not None
+                assert self.ledger is not None and self.state is not None
+                if name in self.state.members and self.state.members[name].ahead == item:
+                    world.met["lined up"] += 1
                 records = b"".join(c.encode() for c in self.ledger.commits(start, item.step))
                 request, life = encode_request(item, records), world.replicas[name].life
                 world.send(lambda: world.replicas[name].receive(request, life))

@@ -41,12 +41,12 @@ def test_schedule_ends_like_undisturbed_run(block: list[int]) -> None:
 
 def test_every_fault_is_met() -> None:
     met: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(200):
         met += Simulation(seed).run().met
     expected = {
         "coordinator lives", "power cuts", "messages lost", "crashes", "released: drained", "released: silent",
         "finished: done", "finished: stopped", "finished: numerics", "finished: storage",
-        "lost", "late", "overdue", "duplicates", "stale", "refused", "failed",
+        "lost", "late", "overdue", "duplicates", "stale", "refused", "failed", "lined up",
     }  # fmt: skip
     assert expected <= set(+met), expected - set(+met)
     assert met["power cuts"] > 150

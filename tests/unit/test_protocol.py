@@ -152,6 +152,75 @@ def test_no_replica_idles_while_an_item_is_unassigned() -> None:
     assert (again.replica, again.item) == ("c", probe(0, 0))
 
 
+def lined_up(seconds: float, **changes: object) -> tuple[Driver, list[Assign]]:
+    """Two replicas in a step of six probes, of which "a" has answered one after some seconds; what it is given then."""
+    run = Driver(settings(**{"directions": 6, "short_probe": 0.1, **changes}))
+    first, _ = run.join("a", "b")
+    run.now += seconds
+    return run, of(Assign, run.answer(first))
+
+
+def test_short_probes_are_sent_before_the_last_answer_is_there() -> None:
+    run, given = lined_up(0.1)
+    # Two of six are left then, and two replicas to take them when they are idle.
+    assert [(a.replica, a.item.part) for a in given] == [("a", 2), ("b", 3)]
+    assert [run.state.members[name].ahead for name in "ab"] == [None, probe(0, 3)]
+    assert of(Assign, run.answer(Assign("b", probe(0, 1), 0))) == []
+    assert run.state.members["b"].item == probe(0, 3)
+    assert [a.item for a in of(Assign, run.answer(Assign("b", probe(0, 3), 0)))] == [probe(0, 4)]
+
+
+@pytest.mark.parametrize(("seconds", "changes"), [(0.11, {}), (0.0, {"short_probe": -1.0})])
+def test_other_probes_are_given_to_idle_replicas_alone(seconds: float, changes: dict[str, object]) -> None:
+    run, given = lined_up(seconds, **changes)
+    assert [a.replica for a in given] == ["a"]
+    assert run.state.members["b"].ahead is None
+
+
+def test_what_a_lost_replica_had_in_line_is_given_again_too() -> None:
+    run, _ = lined_up(0.0)
+    run.feed(ReplicaLost("b", "killed"))
+    assert set(run.state.again) == {probe(0, 1), probe(0, 3)}
+    run.play([Assign("a", probe(0, 2), 0)])
+    assert of(Finish, run.log)[0].reason == "done"
+
+
+def test_a_replica_asked_to_leave_does_not_stay_for_what_it_has_in_line() -> None:
+    run, _ = lined_up(0.0)
+    run.feed(RemoveReplica("b"))
+    assert run.state.again == (probe(0, 3),)
+    (release,) = of(Release, run.answer(Assign("b", probe(0, 1), 0)))
+    assert release.cause == "drained"
+
+
+def test_what_is_in_line_is_late_only_when_its_turn_was_long_ago() -> None:
+    run, _ = lined_up(0.0, late_minimum=10.0)
+    run.now = 9.0
+    run.answer(Assign("b", probe(0, 1), 0))
+    assert run.state.members["b"].since == run.state.flights[probe(0, 3)].since == 9.0
+
+
+def test_an_answer_out_of_turn_counts_and_the_first_is_still_awaited() -> None:
+    run, _ = lined_up(0.0)
+    run.answer(Assign("b", probe(0, 3), 0))
+    member = run.state.members["b"]
+    assert (member.item, member.ahead) == (probe(0, 1), None) and probe(0, 3) in run.state.results
+
+
+def test_a_replica_that_lacks_commits_has_nothing_in_line_any_more() -> None:
+    run, _ = lined_up(0.0)
+    given = of(Assign, run.feed(Refused("b", probe(0, 1), 0, "restarted")))
+    assert {a.item for a in given if a.replica == "b"} == {probe(0, 1)} and run.state.again == (probe(0, 3),)
+
+
+def test_a_probe_that_fails_does_not_take_along_what_is_in_line() -> None:
+    run, _ = lined_up(0.0)
+    run.feed(Failed("b", probe(0, 1), "out of memory"))
+    assert run.state.members["b"].item == probe(0, 3)
+    run.play([Assign("a", probe(0, 2), 0), Assign("b", probe(0, 3), 0)])
+    assert of(Finish, run.log)[0].reason == "done"
+
+
 def test_nothing_of_the_next_step_before_the_commit_is_durable() -> None:
     run = Driver(settings(directions=1))
     (assign,) = run.join("a")

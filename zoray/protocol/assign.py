@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from statistics import median
 
@@ -16,13 +17,43 @@ WITNESSES = 2
 
 
 def assign(state: State, now: float, actions: list[Action]) -> None:
-    """Give every idle replica an item while there is one. Where digests are compared, a replica's own comes first."""
+    """Give every idle replica an item while there is one. Where digests are compared, a replica's own comes first.
+
+    Where probes are so short that a round trip counts, the next one is sent before the last one's answer is there.
+    """
     if state.comparing:
         for name in tuple(state.idle):
             if _asked(state, name):
                 give(state, name, Item(Kind.DIGEST, state.step), now, actions)
     while state.idle and (item := _next_item(state)) is not None:
         give(state, next(iter(state.idle)), item, now, actions)
+    while state.single and _plenty(state) and _usual(state) <= state.settings.short_probe:
+        _line_up(state, next(iter(state.single)), now, actions)
+
+
+def _plenty(state: State) -> bool:
+    """Whether the next item is a probe, and not one of the last: for those a step would wait while others are idle."""
+    left = len(state.queue) - state.cursor
+    if state.again or state.comparing or left <= len(state.members):
+        return False
+    return state.queue[state.cursor].kind is Kind.PROBE
+
+
+def _usual(state: State) -> float:
+    """Seconds a probe usually takes; infinitely many while nothing is known."""
+    return median(state.durations.get(Kind.PROBE, (math.inf,)))
+
+
+def _line_up(state: State, name: str, now: float, actions: list[Action]) -> None:
+    """Let a replica that runs a probe of this step have another one in line; it gets the commits with the first."""
+    del state.single[name]
+    member = state.members[name]
+    fit = member.item is not None and member.item.step == state.step and not member.draining and not member.misses
+    if not fit or (item := _next_item(state)) is None:
+        return
+    state.members[name] = replace(member, ahead=item)
+    state.flights[item] = Flight(now, (name,))
+    actions.append(Assign(name, item, item.step))
 
 
 def _asked(state: State, name: str) -> bool:
@@ -55,6 +86,8 @@ def give(state: State, name: str, item: Item, now: float, actions: list[Action])
     member = state.members[name]
     del state.idle[name]
     state.members[name] = replace(member, item=item, since=now)
+    if item.kind is Kind.PROBE:
+        state.single[name] = None
     if item.kind is not Kind.DIGEST:
         # Taken out first, so that flights stay in the order of time.
         before = state.flights.pop(item, None)
@@ -62,10 +95,17 @@ def give(state: State, name: str, item: Item, now: float, actions: list[Action])
     actions.append(Assign(name, item, min(member.held, item.step)))
 
 
-def unassign(state: State, item: Item, name: str) -> None:
-    """`name` no longer runs `item`: unless another one does, it is given again."""
-    flight = state.flights.get(item)
-    if flight is None or name not in flight.holders:
+def take_back(state: State, name: str) -> None:
+    """`name` no longer runs its item, nor the one it has in line."""
+    member = state.members[name]
+    unassign(state, member.item, name)
+    unassign(state, member.ahead, name)
+
+
+def unassign(state: State, item: Item | None, name: str) -> None:
+    """`name` no longer runs `item`, if there is one: unless another one does, it is given again."""
+    flight = state.flights.get(item) if item is not None else None
+    if item is None or flight is None or name not in flight.holders:
         return
     holders = tuple(holder for holder in flight.holders if holder != name)
     if holders:
@@ -75,10 +115,24 @@ def unassign(state: State, item: Item, name: str) -> None:
         state.again = (*state.again, item)
 
 
+def proceed(state: State, name: str, now: float, actions: list[Action]) -> None:
+    """`name` has done what it ran: now it runs what it has in line, or is free."""
+    member = state.members[name]
+    if member.ahead is None:
+        free(state, name, actions)
+        return
+    state.members[name] = replace(member, item=member.ahead, ahead=None, since=now)
+    state.single[name] = None
+    if (flight := state.flights.pop(member.ahead, None)) is not None:
+        # It is late when it takes long, not when it had to wait.
+        state.flights[member.ahead] = replace(flight, since=now)
+
+
 def free(state: State, name: str, actions: list[Action]) -> None:
     """`name` has nothing to run: it is idle, or leaves if it was asked to."""
     member = state.members[name]
-    state.members[name] = replace(member, item=None)
+    state.members[name] = replace(member, item=None, ahead=None)
+    state.single.pop(name, None)
     if member.draining:
         release(state, name, "drained", "it was asked to leave", actions)
     else:
@@ -86,13 +140,12 @@ def free(state: State, name: str, actions: list[Action]) -> None:
 
 
 def drop(state: State, name: str) -> bool:
-    """Forget a replica and give its item to another one; whether there was such a replica."""
-    member = state.members.pop(name, None)
-    if member is None:
+    """Forget a replica and give what it had to others; whether there was such a replica."""
+    if name not in state.members:
         return False
-    state.idle.pop(name, None)
-    if member.item is not None:
-        unassign(state, member.item, name)
+    take_back(state, name)
+    for names in (state.members, state.idle, state.single):
+        names.pop(name, None)
     return True
 
 

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zoray.protocol.assign import assign, deadline, drop, free, give, observe, release, unassign
+from zoray.protocol.assign import (
+    assign,
+    deadline,
+    drop,
+    free,
+    give,
+    observe,
+    proceed,
+    release,
+    take_back,
+    unassign,
+)
 from zoray.protocol.decide import close, conclude, decide, give_up, settle_past
 from zoray.protocol.messages import (
     PAYLOAD_TYPE,
@@ -65,7 +76,7 @@ def transition(state: State, event: Event, now: float) -> tuple[State, tuple[Act
         case Refused():
             _refused(state, event, actions)
         case Failed():
-            _failed(state, event, actions)
+            _failed(state, event, now, actions)
         case AppendFailed():
             state.phase = Phase.FINISHED
             advice = "make room or repair the storage, then resume; everything before this step is intact"
@@ -113,9 +124,10 @@ def _answer(state: State, event: Answer, now: float, actions: list[Action]) -> N
     if member.item == item:
         observe(state, item.kind, now - member.since)
         state.members[name] = replace(member, held=max(member.held, item.step), misses=0)
-        free(state, name, actions)
-    elif member.misses:
-        state.members[name] = replace(member, misses=0)
+        proceed(state, name, now, actions)
+    elif member.misses or member.ahead == item:
+        # What was before it in line has an answer that is lost, or comes yet.
+        state.members[name] = replace(member, misses=0, ahead=None if member.ahead == item else member.ahead)
 
 
 def accept(state: State, name: str, item: Item, payload: Payload | None) -> None:
@@ -172,12 +184,13 @@ def _refused(state: State, event: Refused, actions: list[Action]) -> None:
     if member.misses + 1 >= state.settings.max_misses:
         release(state, name, "failing", what, actions)
         return
-    unassign(state, event.item, name)
+    # What it has in line it will refuse for the same reason.
+    take_back(state, name)
     state.members[name] = replace(member, held=event.held, misses=member.misses + 1)
     free(state, name, actions)
 
 
-def _failed(state: State, event: Failed, actions: list[Action]) -> None:
+def _failed(state: State, event: Failed, now: float, actions: list[Action]) -> None:
     name, item, member = event.replica, event.item, state.members.get(event.replica)
     if member is None or member.item != item:
         return
@@ -185,7 +198,7 @@ def _failed(state: State, event: Failed, actions: list[Action]) -> None:
     actions.append(Warn(f"replica {name} failed in the {item}: {event.reason}"))
     unassign(state, item, name)
     state.members[name] = replace(member, misses=member.misses + 1)
-    free(state, name, actions)
+    proceed(state, name, now, actions)
     if item.step == state.step and item not in state.results:
         if item.kind is Kind.SNAPSHOT:
             # Only an optimisation of replay: the next one will do.
@@ -218,7 +231,7 @@ def _tick(state: State, now: float, actions: list[Action]) -> None:
             release(state, name, "silent", what, actions)
             continue
         # Its request or its answer may be lost: for all we know it is idle.
-        unassign(state, member.item, name)
+        take_back(state, name)
         state.members[name] = replace(member, misses=member.misses + 1)
         free(state, name, actions)
     if state.phase not in (Phase.PROBING, Phase.CLOSING):
@@ -256,6 +269,7 @@ def _remove(state: State, name: str, actions: list[Action]) -> None:
     if (member := state.members.get(name)) is None:
         actions.append(Warn(f"replica {name} cannot be removed: it is not in the run"))
         return
-    state.members[name] = replace(member, draining=True)
+    unassign(state, member.ahead, name)
+    state.members[name] = replace(member, draining=True, ahead=None)
     if member.item is None:
         free(state, name, actions)

@@ -34,6 +34,8 @@ class Settings:
         overdue_factor: a replica is sent work again after this many deadlines without an answer, doubling each time.
         max_misses: after this many unanswered, refused or failed assignments in a row the replica is released.
         max_failures: an item that raised this often, and on every live replica, ends the run.
+        short_probe: where a probe usually takes no longer, a replica has another one in line while it runs one, so
+            that it need not wait for a round trip; 0: never.
 
     Raises:
         ConfigError: a count is out of range.
@@ -61,6 +63,7 @@ class Settings:
     overdue_factor: float = 2.0
     max_misses: int = 5
     max_failures: int = 3
+    short_probe: float = 0.1
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[int, int]] = {
@@ -101,6 +104,7 @@ class Member:
     Attributes:
         held: the step it is known to hold.
         item, since: what it runs, and since when.
+        ahead: what it has in line behind that.
         misses: unanswered assignments in a row.
         draining: whether it was asked to leave.
         proven: whether its digest has agreed with another's since it joined.
@@ -108,6 +112,7 @@ class Member:
 
     held: int
     item: Item | None = None
+    ahead: Item | None = None
     since: float = 0.0
     misses: int = 0
     draining: bool = False
@@ -137,6 +142,8 @@ class State:
     Of the step in hand: `work` (all its items), `queue` (the same in order; those before `cursor` were given once),
     `again` (to be given again), `missing` (results still awaited before the step is decided); `comparing`: digests are
     taken in it, of all replicas if `thorough`, else of newcomers and of some others to compare with.
+
+    Replicas without an item are `idle`; those whose only one is a probe, `single`.
 
     `agreed` is what at least two of them said, or the only one there is. `past` has the digests of recent steps, for
     those that come after their step.
@@ -174,6 +181,7 @@ class State:
     failures: dict[Item, tuple[str, ...]] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     idle: dict[str, None] = field(default_factory=dict)
+    single: dict[str, None] = field(default_factory=dict)
     flights: dict[Item, Flight] = field(default_factory=dict)
     durations: dict[Kind, tuple[float, ...]] = field(default_factory=dict)
 
@@ -181,7 +189,7 @@ class State:
         """A state that can be changed without touching this one: O(replicas + results of the step), all in C."""
         return replace(
             self, results=self.results.copy(), digests=self.digests.copy(), failures=self.failures.copy(),
-            members=self.members.copy(), idle=self.idle.copy(), flights=self.flights.copy(),
+            members=self.members.copy(), idle=self.idle.copy(), single=self.single.copy(), flights=self.flights.copy(),
             durations=self.durations.copy(), unproven=self.unproven.copy(), past=self.past.copy(),
         )  # fmt: skip
 
