@@ -55,7 +55,7 @@ def draw(rng: random.Random) -> tuple[Problem, Chaos, int]:
         late_minimum=1.5,
         first_deadline=6.0,
         max_misses=4,
-        short_probe=rng.choice([0.0, 100.0]),
+        short_probe=rng.choice([0.0, 3.0, 100.0]),
     )
     broken_steps = range(0)
     if rng.random() < 0.15:

@@ -12,6 +12,9 @@ from zoray.protocol.state import Flight, State
 RECENT = 31
 """Durations the median of a kind is taken over."""
 
+_LAST, _SLOW = 0.2, 1.5
+"""What probes in line near the end of a step may take, of `short_probe`, and who runs them, of the usual time."""
+
 WITNESSES = 2
 """Proven replicas whose digests a newcomer's is compared with."""
 
@@ -27,16 +30,12 @@ def assign(state: State, now: float, actions: list[Action]) -> None:
                 give(state, name, Item(Kind.DIGEST, state.step), now, actions)
     while state.idle and (item := _next_item(state)) is not None:
         give(state, next(iter(state.idle)), item, now, actions)
-    while state.single and _plenty(state) and _usual(state) <= state.settings.short_probe:
+    while state.single and _worth_a_line(state):
         _line_up(state, next(iter(state.single)), now, actions)
 
 
-def _plenty(state: State) -> bool:
-    """Whether the next item is a probe, and not one of the last: for those a step would wait while others are idle."""
-    left = len(state.queue) - state.cursor
-    if state.again or state.comparing or left <= len(state.members):
-        return False
-    return state.queue[state.cursor].kind is Kind.PROBE
+def _left(state: State) -> int:
+    return len(state.queue) - state.cursor
 
 
 def _usual(state: State) -> float:
@@ -44,12 +43,22 @@ def _usual(state: State) -> float:
     return median(state.durations.get(Kind.PROBE, (math.inf,)))
 
 
+def _worth_a_line(state: State) -> bool:
+    """Whether the next item is a probe that had better be in line behind another than wait for an idle replica."""
+    left, short = _left(state), state.settings.short_probe
+    if not left or state.again or state.comparing or state.queue[state.cursor].kind is not Kind.PROBE:
+        return False
+    # The last ones of a step may stand in line while other replicas are idle: they must be shorter still.
+    return _usual(state) < (short if left > len(state.members) else _LAST * short)
+
+
 def _line_up(state: State, name: str, now: float, actions: list[Action]) -> None:
     """Let a replica that runs a probe of this step have another one in line; it gets the commits with the first."""
     del state.single[name]
     member = state.members[name]
+    slow = _left(state) <= len(state.members) and member.took > _SLOW * _usual(state)
     fit = member.item is not None and member.item.step == state.step and not member.draining and not member.misses
-    if not fit or (item := _next_item(state)) is None:
+    if slow or not fit or (item := _next_item(state)) is None:
         return
     state.members[name] = replace(member, ahead=item)
     state.flights[item] = Flight(now, (name,))

@@ -122,8 +122,10 @@ def _answer(state: State, event: Answer, now: float, actions: list[Action]) -> N
             return
         member = state.members[name]
     if member.item == item:
-        observe(state, item.kind, now - member.since)
-        state.members[name] = replace(member, held=max(member.held, item.step), misses=0)
+        seconds = now - member.since
+        observe(state, item.kind, seconds)
+        took = seconds if item.kind is Kind.PROBE else member.took
+        state.members[name] = replace(member, held=max(member.held, item.step), took=took, misses=0)
         proceed(state, name, now, actions)
     elif member.misses or member.ahead == item:
         # What was before it in line has an answer that is lost, or comes yet.

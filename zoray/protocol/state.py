@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -105,6 +106,7 @@ class Member:
         held: the step it is known to hold.
         item, since: what it runs, and since when.
         ahead: what it has in line behind that.
+        took: seconds its last probe took.
         misses: unanswered assignments in a row.
         draining: whether it was asked to leave.
         proven: whether its digest has agreed with another's since it joined.
@@ -114,6 +116,7 @@ class Member:
     item: Item | None = None
     ahead: Item | None = None
     since: float = 0.0
+    took: float = math.inf
     misses: int = 0
     draining: bool = False
     proven: bool = False
