@@ -27,15 +27,19 @@ APART = [
     "setpriv", "--pdeathsig=KILL", "unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]),
     "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc",
 ]  # fmt: skip
+# What mounts and makes networks is not on everybody's path.
+_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 _TRIAL = "ip link add pods type bridge && ip link add pod1 type veth peer name eth0 && mount -t tmpfs none /mnt"
 
 
 def obstacle() -> str | None:
     """Why this machine cannot have pods; None if it can."""
     for command in ("setpriv", "unshare", "nsenter", "ip", "pivot_root"):
-        if shutil.which(command) is None:
+        if shutil.which(command, path=_PATH) is None:
             return f"there is no command {command} on this machine"
-    done = subprocess.run([*APART, "sh", "-c", _TRIAL], capture_output=True, text=True)
+    done = subprocess.run(
+        [*APART, "sh", "-c", _TRIAL], env={**os.environ, "PATH": _PATH}, capture_output=True, text=True
+    )
     return None if done.returncode == 0 else f"no namespaces on this machine: {done.stderr.strip()}"
 
 
@@ -50,7 +54,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="zoray-rehearsal-") as folder:
         # Nothing of the user's own Ray, and no word but the story's.
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        own = {"PYTHONPATH": str(ROOT), "HOME": folder, "DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
+        own = {"PATH": _PATH, "PYTHONPATH": str(ROOT), "HOME": folder}
+        own |= {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
         command = [*APART, sys.executable, "-m", "tests.cluster.rehearsal.story", folder]
         try:
             return subprocess.run(command, cwd=ROOT, env={**kept, **own}).returncode
