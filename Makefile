@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 TESTS := tests/integration tests/unit tests/simulation
 
-.PHONY: help .venv quickstart test test-ray test-alone cluster soak gpu lint format bench docs clean
+.PHONY: help .venv quickstart test test-ray test-alone cluster rehearsal soak gpu lint format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ test-alone: .venv/.stamp
 
 cluster: .venv/.stamp ## several raylets, killed and drained; wants a machine that does nothing else meanwhile
 	$(BIN)/python -m pytest tests/cluster
+
+rehearsal: .venv/.stamp ## a rendered RayJob as Kubernetes would run it, pods scaled, drained and killed: four minutes, no cluster
+	@$(BIN)/python -m tests.cluster.rehearsal
 
 soak: .venv/.stamp ## what takes longer: 20,000 simulated schedules, then half an hour of kills on a real Ray
 	ZORAY_SCHEDULES=20000 $(BIN)/python -m pytest --timeout 3600 tests/simulation

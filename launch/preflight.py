@@ -106,16 +106,15 @@ def check_memory(config: RunConfig) -> None:
 
 
 def count_weights(folder: Path) -> int | None:
-    """Weights in a folder's safetensors files, by their headers; None if there are no such files."""
+    """Weights in a folder's safetensors files, by their headers; None if there are none that can be read."""
     files = sorted(folder.glob("*.safetensors"))
     total = 0
     for path in files:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(size))
-            except ValueError:
-                return None
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (OSError, ValueError):
+            return None
         for name, entry in header.items():
             if name != "__metadata__":
                 count = 1

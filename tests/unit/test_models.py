@@ -244,6 +244,11 @@ def test_a_cached_hub_model_is_loaded_without_network(
 def test_folders_without_a_model(tmp_path: Path, tiny_model: Any) -> None:
     (tmp_path / "empty").mkdir()
     assert "no config.json; it has nothing" in refused(config(tmp_path / "empty"))
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "config.json").write_text("{}")
+    # Nobody can read what a link to nowhere names, not even root, as whom tests may run.
+    (tmp_path / "closed" / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    assert "cannot read model.safetensors in the folder" in refused(config(tmp_path / "closed"))
     (tmp_path / "empty" / "adapter_config.json").touch()
     assert "merge it" in refused(config(tmp_path / "empty"))
     folder = tiny_model("gpt2", tmp_path)

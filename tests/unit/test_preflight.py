@@ -50,6 +50,8 @@ def test_what_cannot_be_counted_is_left_to_the_replica(tmp_path: Path) -> None:
     assert count_weights(tmp_path) is None
     (tmp_path / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"xxxxx")
     assert count_weights(tmp_path) is None
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "nowhere")
+    assert count_weights(tmp_path) is None
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from typing import Any
 
 from zoray.config import RunConfig
 from zoray.errors import ModelError
+
+_READ = (".json", ".safetensors", ".bin", ".model")
+"""What the files of a model that are loaded end with."""
 
 
 def find(config: RunConfig) -> dict[str, Any]:
@@ -29,6 +33,13 @@ def find(config: RunConfig) -> dict[str, Any]:
                 f"The folder {folder} has no config.json; it has {some(found) if found else 'nothing'}.",
                 where="model",
                 advice=adapter if "adapter_config.json" in found else "Name a folder made by save_pretrained.",
+            )
+        read = [name for name in found if name.endswith(_READ)]
+        if closed := [name for name in read if not os.access(folder / name, os.R_OK)]:
+            raise ModelError(
+                f"User {os.geteuid()} cannot read {some(closed)} in the folder {folder}.",
+                where="model",
+                advice=f"Let everyone read it, `chmod -R a+rX {folder}`, or copy it again if it is a link to nowhere.",
             )
         return {**source, "pretrained_model_name_or_path": str(folder)}
     if folder.is_file():
