@@ -29,11 +29,11 @@ def check_paths(config: RunConfig) -> None:
         ModelError: there is no such model.
         DataError: there is no such file, it is empty, or its first rows have not what the task needs.
     """
-    from zoray.models.source import find
+    from zoray.models.source import check
     from zoray.tasks.base import require_examples
     from zoray.tasks.source import find_files, read_rows
 
-    find(config)
+    check(config)
     for path in (config.task.train, config.task.eval):
         if path is not None:
             first = next(read_rows(find_files(path), _columns(config.task)), None)

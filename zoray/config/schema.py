@@ -44,7 +44,11 @@ class RunConfig(Section):
     """One run."""
 
     model: str = key(
-        ..., "Model to start from: a folder, or a name on the Hugging Face hub.", mathematics="content", min_length=1
+        ...,
+        "Model to start from: a folder, a name on the Hugging Face hub, or a folder of an object store "
+        "(`s3://bucket/folder`, `gs://...`), which each machine downloads once into its cache (`ZORAY_CACHE`).",
+        mathematics="content",
+        min_length=1,
     )
     dtype: Literal["float32", "bfloat16", "float16"] = key(
         "float32",
