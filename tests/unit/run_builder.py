@@ -69,11 +69,17 @@ def write_data(folder: Path, kind: str, rows: int = 24) -> dict[str, str]:
     return paths
 
 
-def write_config(folder: Path, model: str = "gpt2", kind: str = "causal_lm", **keys: Any) -> Path:
-    """A model, data and a configuration file for them under a folder; `keys` override those of the configuration."""
+def write_config(
+    folder: Path, model: str = "gpt2", kind: str = "causal_lm", base: str | None = None, **keys: Any
+) -> Path:
+    """A model, data and a configuration file for them under a folder; `keys` override those of the configuration.
+
+    `base`: a model there is already.
+    """
     head = {"head": "classification"} if kind == "classification" else {}
+    folder.mkdir(exist_ok=True)
     settings: dict[str, Any] = {
-        "model": str(make_model(model, folder / "base", **head)),
+        "model": base or str(make_model(model, folder / "base", **head)),
         "task": {"kind": kind, **write_data(folder, kind), "max_length": 8, **keys.pop("task", {})},
         "max_steps": 6,
         "directions": 4,
