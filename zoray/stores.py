@@ -138,23 +138,38 @@ def reached(uri: str, error: Exception) -> StoreError | None:
     return _explained(uri, error) if network else None
 
 
-def entries(uri: str) -> list[Entry]:
-    """All files below a URI, in the order of their names; none if there is nothing.
+def names(uri: str) -> list[str]:
+    """Names of all files below a URI, relative to it, in order; none if there is nothing.
 
     Raises:
         StoreError: the store cannot be asked, or has no such bucket.
     """
+    _, inner, files = _below(uri)
+    return [each.path[len(inner) + 1 :] for each in files]
+
+
+def entries(uri: str) -> list[Entry]:
+    """As `names`, with what else there is to know of each.
+
+    Raises:
+        StoreError: as `names`.
+    """
+    filesystem, inner, files = _below(uri)
+    tags = versions(filesystem, files)
+    return [Entry(each.path[len(inner) + 1 :], each.size, tag) for each, tag in zip(files, tags, strict=True)]
+
+
+def _below(uri: str) -> tuple[Any, str, list[Any]]:
+    """The file system, the path within it without a slash at its end, and the `FileInfo` of all files below that."""
     from pyarrow import fs
 
     filesystem, inner = opened(uri)
-    with faults(uri):
-        # Where nothing is allowed to be there, a bucket may be missing too without a word.
-        found = []
-        with suppress(FileNotFoundError):
-            found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True))
-        files = sorted((each for each in found if each.type == fs.FileType.File), key=lambda each: str(each.path))
-    start, tags = len(inner.rstrip("/")) + 1, versions(filesystem, files)
-    return [Entry(each.path[start:], each.size, tag) for each, tag in zip(files, tags, strict=True)]
+    found = []
+    # Where nothing is allowed to be there, a bucket may be missing too without a word: so it is not allowed.
+    with faults(uri), suppress(FileNotFoundError):
+        found = filesystem.get_file_info(fs.FileSelector(inner, recursive=True))
+    files = sorted((each for each in found if each.type == fs.FileType.File), key=lambda each: str(each.path))
+    return filesystem, inner.rstrip("/"), files
 
 
 def fetch(uri: str, names: Sequence[str], folder: Path) -> None:
@@ -238,6 +253,20 @@ def check_writable(uri: str) -> None:
         with filesystem.open_output_stream(probe) as file:
             file.write(b"zoray\n")
         filesystem.delete_file(probe)
+
+
+def check_readable(uri: str) -> None:
+    """See that there is something at a URI.
+
+    Raises:
+        StoreError: there is not, or it cannot be asked for.
+    """
+    from pyarrow import fs
+
+    filesystem, inner = opened(uri)
+    with faults(uri):
+        if filesystem.get_file_info(inner).type == fs.FileType.NotFound:
+            raise FileNotFoundError(inner)
 
 
 def _patient(uri: str) -> str:

@@ -129,7 +129,7 @@ def build_run(
             _step(run, config, replica, task, ledger)
             digests[replica.step] = replica.digest()
             if replica.step in snapshots:
-                save(run.snapshots, replica, ledger.head, header_digest(header))
+                save(run.snapshots_of(config), replica, ledger.head, header_digest(header))
     evaluations[replica.step] = _evaluate(run, replica, task)
     if digest:
         run.append("digests", {"step": replica.step, "digest": f"{digests[replica.step]:016x}"})

@@ -31,7 +31,7 @@ LAYERS = (
     {"memory"},
     {"replica"},
     {"protocol"},
-    {"tasks", "runs"},
+    {"tasks", "runs", "shelf"},
     {"models"},
     {"identity"},
     {"snapshot"},

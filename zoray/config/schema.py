@@ -155,6 +155,13 @@ class RunConfig(Section):
         mathematics=False,
         ge=1,
     )
+    snapshot_dir: str | None = key(
+        None,
+        "Folder, or `s3://bucket/folder` or `gs://...` on an object store, that the run's snapshots are kept in under "
+        "the run's name; a relative one is taken from `output_dir`. Without it, they are in the run's folder.",
+        mathematics=False,
+        min_length=1,
+    )
     digest_every: int | None = key(
         None,
         "Compare the replicas' weights every so many steps. Without it, as often as costs at most 1 % of the time.",
