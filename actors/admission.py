@@ -15,11 +15,9 @@ from actors.replica import Introduction
 from zoray.errors import ResourceError, ZorayError
 from zoray.identity import header_digest
 from zoray.ledger import Ledger
-from zoray.snapshot import heads
+from zoray.snapshot import usable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from actors.journal import Journal
 
 CHUNK = 512
@@ -42,7 +40,7 @@ class Admission:
 
     Args:
         fleet, inbox, journal: of the run.
-        snapshots: folder of the run's snapshots.
+        patience: seconds that each part of joining is given at least.
         welcome: is shown each introduction, and raises a `ZorayError` if that replica does not belong to the run; once
             it has returned, `ledger` must be set.
         ready: is told the replica and the step of its weights.
@@ -54,13 +52,13 @@ class Admission:
         fleet: Fleet,
         inbox: Inbox,
         journal: Journal,
-        snapshots: Path,
         *,
+        patience: float = PATIENCE,
         welcome: Callable[[str, Introduction], None],
         ready: Callable[[str, int], None],
         failed: Callable[[str, ZorayError], None],
     ) -> None:
-        self._fleet, self._inbox, self._journal, self._snapshots = fleet, inbox, journal, snapshots
+        self._fleet, self._inbox, self._journal, self._patience = fleet, inbox, journal, patience
         self._welcome, self._ready, self._failed = welcome, ready, failed
         self._heard: set[str] = set()
         self._waiting: dict[str, tuple[str, float]] = {}
@@ -80,7 +78,7 @@ class Admission:
                 del self._waiting[name]
                 continue
             slowest = self._slowest.get(method)
-            patience = max(PATIENCE, SLOWER * slowest) if slowest is not None else float("inf")
+            patience = max(self._patience, SLOWER * slowest) if slowest is not None else float("inf")
             if now - since > (PROCESS if method == _APPEAR else patience):
                 del self._waiting[name]
                 self._failed(name, _hangs(name, method, now - since, slowest or 0.0))
@@ -114,8 +112,14 @@ class Admission:
         assert self.ledger is not None
         self.introductions[name] = introduction
         self._hear(introduction.warnings)
+        self._then(name, self._looked, "find_snapshots")
+
+    def _looked(self, name: str, looked: tuple[dict[int, str | None], tuple[str, ...]]) -> None:
+        assert self.ledger is not None
+        found, warnings = looked
+        self._hear(warnings)
         agreed = {int(row["step"]): str(row["digest"]) for row in self._journal.folder.rows("digests")}
-        known = heads(self._snapshots, self.ledger, agreed=agreed)
+        known = usable(found, self.ledger, agreed=agreed)
         run = header_digest(self.ledger.header)
         self._then(name, self._joined, "join", self.ledger.genesis, run, known)
 
@@ -147,8 +151,7 @@ def _hangs(name: str, method: str, seconds: float, slowest: float | None) -> Res
     if method == _APPEAR:
         what = f"replica {name} has no process after {seconds:.0f} s"
         return ResourceError(what, advice="its machine has no room for it after all, or cannot start it")
-    part = {"introduce": "loading the model and the data", "join": "loading a snapshot"}.get(
-        method, "replaying commits"
-    )
+    parts = {"introduce": "loading the model and the data", "find_snapshots": "looking for snapshots"}
+    part = {**parts, "join": "loading a snapshot"}.get(method, "replaying commits")
     what = f"replica {name} hangs: {seconds:.0f} s of {part}, which took others {slowest:.0f} s at most"
     return ResourceError(what, advice="look at its machine and at the storage it reads from")

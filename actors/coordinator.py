@@ -60,6 +60,7 @@ from zoray.protocol import (
 from zoray.protocol.membership import SlotPhase
 from zoray.runs import RunFolder
 from zoray.snapshot import sweep
+from zoray.stores import StoreError
 
 _TICK = 0.1
 _OVERTAKEN = "another coordinator has taken this run over", "follow that one: `zoray list` shows the runs in progress"
@@ -233,7 +234,7 @@ class Coordinator:
             self.events.append(AppendFailed(step, error.what))
             return
         # One of the very step may have been written by the replica that was wrong.
-        sweep(self.folder.snapshots, after=step - 1)
+        self._sweep(after=step - 1)
         self.journal.rewound(step)
         self.events.append(Rewound(step, self.ledger.head, self._skipped()))
 
@@ -268,14 +269,14 @@ class Coordinator:
         self._resume = resume
         require(self.config, socket.gethostname())
         url = f"http://{socket.gethostname()}:{self.exporter.serve(self.config.metrics_port)}/metrics"
-        sweep(self.folder.snapshots)
+        self._sweep()
         self._note_state("starting", metrics_url=url)
         self.roster.gather()
         first = self._first
         examples = self.config.per_direction_batch_size * self.config.directions * self.config.microbatches
         self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example, first.trainable)
         # Nothing that was made of commits that are not there (any more) may be taken for true.
-        sweep(self.folder.snapshots, after=self.ledger.next_step)
+        self._sweep(after=self.ledger.next_step)
         self.journal.rewound(self.ledger.next_step)
         for text in (*self.ledger.warnings, *first.identity.verdict.reasons):
             self.journal.warn(text)
@@ -300,6 +301,13 @@ class Coordinator:
             ledger.close()
             raise
         return ledger
+
+    def _sweep(self, after: int | None = None) -> None:
+        """Tidy the snapshots; none that should be gone is ever used, so one that cannot be deleted is no harm."""
+        try:
+            sweep(self.folder.snapshots_of(self.config), after)
+        except StoreError as error:
+            self.journal.warn(f"the snapshots cannot be tidied: {error}")
 
     def _skipped(self) -> int:
         """Null commits in a row at the end of the ledger."""

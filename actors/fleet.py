@@ -26,11 +26,11 @@ class Fleet:
 
     Args:
         config: of the run.
-        snapshots: folder in which replicas save and look for snapshots.
+        snapshots: folder or URI where replicas save and look for snapshots.
         embedded: Ray runs on this machine for this run alone: more replicas than cores are slower, not refused.
     """
 
-    def __init__(self, config: RunConfig, snapshots: Path, embedded: bool = False) -> None:
+    def __init__(self, config: RunConfig, snapshots: Path | str, embedded: bool = False) -> None:
         self._config, self._snapshots, self._embedded = config, str(snapshots), embedded
         self._needs = {"CPU": float(config.threads_per_replica), "GPU": config.gpus_per_replica}
         self._actors: dict[str, Any] = {}

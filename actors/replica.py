@@ -7,7 +7,6 @@ import os
 import resource
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -31,8 +30,11 @@ from zoray.protocol import (
     lacking,
 )
 from zoray.replica import Replica
-from zoray.snapshot import load_newest, save
+from zoray.snapshot import found, load_newest, save
 from zoray.tasks import batch_for, load_task
+
+_NEWEST = 16
+"""Snapshots a joiner chooses from: an older one would hardly be taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,12 @@ class ReplicaActor:
     Args:
         name: of the replica, for messages.
         config: of the run.
-        snapshots: folder in which the run keeps its snapshots.
+        snapshots: folder or URI where the run keeps its snapshots.
     """
 
     def __init__(self, name: str, config: RunConfig, snapshots: str) -> None:
         torch.set_num_threads(config.threads_per_replica)
-        self.name, self.config, self.snapshots = name, config, Path(snapshots)
+        self.name, self.config, self.snapshots = name, config, snapshots
         self._run, self._head = "", b""
         self._heard = _Heard()
         logging.getLogger("zoray").addHandler(self._heard)
@@ -124,6 +126,13 @@ class ReplicaActor:
             host=os.uname().nodename,
             pid=os.getpid(),
         )
+
+    def find_snapshots(self) -> tuple[dict[int, str | None], tuple[str, ...]]:
+        """The newest snapshots of the run, by step, with the digest each says it has (hex); and warnings.
+
+        The coordinator does not look itself: it would wait for a store that does not answer, and the run with it.
+        """
+        return found(self.snapshots, _NEWEST), self._heard.take()
 
     def join(self, genesis: bytes, run: str, known: dict[int, bytes]) -> tuple[int, tuple[str, ...]]:
         """Take part in a run; returns the step of the weights (of a snapshot if there is a usable one) and warnings.

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from actors.admission import Admission
+from actors.admission import PATIENCE, Admission
 from actors.fleet import Fleet
 from actors.inbox import Inbox
 from actors.journal import Journal
 from actors.replica import Introduction
+from actors.settings import STORE_PATIENCE
 from zoray.config import RunConfig
 from zoray.errors import ResourceError, ZorayError
 from zoray.protocol import Event, RemoveReplica, ReplicaReady
@@ -35,6 +36,7 @@ from zoray.protocol.membership import (
     rebalance,
 )
 from zoray.runs import RunFolder
+from zoray.stores import is_uri
 
 _TICK = 0.1
 _VIEW_LAG = 2.0
@@ -66,12 +68,13 @@ class Roster:
         welcome: Callable[[str, Introduction], None],
         tell: Callable[[Event], None],
     ) -> None:
-        self.fleet = Fleet(config, folder.snapshots, embedded)
+        self.fleet = Fleet(config, folder.snapshots_of(config), embedded)
+        far = any(is_uri(place) for place in (config.model, config.task.train, config.snapshot_dir) if place)
         self.admission = Admission(
             self.fleet,
             inbox,
             journal,
-            folder.snapshots,
+            patience=STORE_PATIENCE if far else PATIENCE,
             welcome=welcome,
             ready=self._ready,
             failed=self._failed,

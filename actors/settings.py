@@ -7,9 +7,14 @@ from functools import partial
 from zoray.config import RunConfig
 from zoray.protocol import Settings
 from zoray.schedule import learning_rate
+from zoray.stores import is_uri
 
 _SNAPSHOT_AFTER = 5.0
 """Seconds of replay after which a snapshot is due, unless `save_steps` says otherwise."""
+
+
+STORE_PATIENCE = 3600.0
+"""Seconds that what goes to or from an object store may take; one that is dead is noticed in half a minute."""
 
 
 def settings(config: RunConfig, eval_shards: int) -> Settings:
@@ -34,6 +39,7 @@ def settings(config: RunConfig, eval_shards: int) -> Settings:
         eval_on_start=config.eval_on_start,
         save_steps=config.save_steps,
         snapshot_after=_SNAPSHOT_AFTER,
+        snapshot_patience=STORE_PATIENCE if is_uri(config.snapshot_dir or "") else 0.0,
         digest_every=config.digest_every,
         max_skipped_steps=config.max_skipped_steps,
     )

@@ -34,7 +34,7 @@ from zoray.identity import header_digest
 from zoray.ledger import Ledger
 from zoray.protocol import Item, Kind, encode_request
 from zoray.runs import RunFolder
-from zoray.snapshot import heads, sweep
+from zoray.snapshot import found, sweep, usable
 
 BEHIND, DIRECTIONS, TIMED = 10_000, 16, 16
 
@@ -94,7 +94,7 @@ def joining(folder: Path) -> list[Row]:
     ray.kill(first)
     actor, _, loading = start()
     began = time.perf_counter()
-    ray.get(actor.join.remote(ledger.genesis, digest, heads(run.snapshots, ledger)))
+    ray.get(actor.join.remote(ledger.genesis, digest, usable(found(run.snapshots), ledger)))
     records = ledger.records(saved, BEHIND)
     ray.get(actor.catch_up.remote(records))
     replayed = time.perf_counter() - began

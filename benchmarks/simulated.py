@@ -20,6 +20,10 @@ class Host:
         """As a replica that has loaded the model."""
         return introduction
 
+    def find_snapshots(self) -> tuple[dict[int, str | None], tuple[str, ...]]:
+        """There are none."""
+        return {}, ()
+
     def join(self, genesis: bytes, run: str, known: dict[int, bytes]) -> tuple[int, tuple[str, ...]]:
         """As a replica of the base model."""
         return 0, ()

@@ -289,7 +289,7 @@ def evaluate(
 @app.command()
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="Folder to make; also s3://bucket/name, gs://bucket/name.")],
     step: Step = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="A LoRA run's adapter alone, not merged.")] = False,
     output_dir: Runs = "runs",

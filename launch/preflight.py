@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from zoray.config import CausalLMTask, ClassificationTask, RunConfig
-from zoray.errors import ResourceError
+from zoray.errors import ResourceError, RunError
+from zoray.runs import RunFolder
+from zoray.stores import shown
 
 if TYPE_CHECKING:
     from zoray.tasks.source import CellKind
@@ -29,11 +31,11 @@ def check_paths(config: RunConfig) -> None:
         ModelError: there is no such model.
         DataError: there is no such file, it is empty, or its first rows have not what the task needs.
     """
-    from zoray.models.source import find
+    from zoray.models.source import check
     from zoray.tasks.base import require_examples
     from zoray.tasks.source import find_files, read_rows
 
-    find(config)
+    check(config)
     for path in (config.task.train, config.task.eval):
         if path is not None:
             first = next(read_rows(find_files(path), _columns(config.task)), None)
@@ -47,6 +49,31 @@ def _columns(task: CausalLMTask | ClassificationTask) -> dict[str, CellKind]:
         return {task.text_column: "text", **pair, task.label_column: "label"}
     prompt: dict[str, CellKind] = {task.prompt_column: "text"} if task.prompt_column else {}
     return {**prompt, task.text_column: "text"}
+
+
+def check_snapshots(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse a place for a new run's snapshots that cannot be written, or that has those of another run.
+
+    Raises:
+        RunError: with what is wrong with it.
+    """
+    from zoray.shelf import shelf
+
+    if config.snapshot_dir is None:
+        return
+    where = folder.snapshots_of(config)
+    try:
+        taken = shelf(where).names()
+        shelf(where).check()
+    except OSError as error:
+        advice = getattr(error, "advice", None) or "name a folder or an object store that every machine can write to"
+        raise RunError(f"Snapshots cannot be kept there: {error}.", where="snapshot_dir", advice=advice) from error
+    if taken:
+        raise RunError(
+            f"There are snapshots of a run of the name {folder.name} already: {', '.join(sorted(taken)[:3])}.",
+            where=shown(str(where)),
+            advice="choose another run_name or snapshot_dir, or delete them",
+        )
 
 
 def check_trackers(config: RunConfig) -> None:

@@ -55,7 +55,7 @@ def open_ledger(folder: RunFolder) -> Ledger:
     folder.require_ledger()
     ledger = Ledger.open(folder.ledger, repair=False)
     for text in ledger.warnings:
-        _warn(text)
+        warn(text)
     return ledger
 
 
@@ -71,7 +71,8 @@ def _compare(folder: RunFolder, config: RunConfig, ledger: Ledger) -> None:
         raise LedgerError(text, where=str(folder.config_path), advice="put the old value back")
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Say something on standard error that does not end the command."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {text}", markup=False)
 
 
@@ -126,5 +127,5 @@ def restore(run: str, step: int | None, output_dir: str) -> Restored:
     from zoray.snapshot import replay
 
     replica = base_replica(config, ledger)
-    replay(replica, ledger, folder.snapshots, step)
+    replay(replica, ledger, folder.snapshots_of(config), step)
     return Restored(folder, config, ledger, replica)

@@ -13,7 +13,7 @@ from typing import Any
 
 from actors.lock import RunLock
 from launch.cluster import Place, connect
-from launch.preflight import check_memory, check_paths, check_port, check_trackers
+from launch.preflight import check_memory, check_paths, check_port, check_snapshots, check_trackers
 from launch.progress import Watcher
 from zoray.config import RunConfig, changed, load
 from zoray.errors import LedgerError, NumericsError, ResourceError, RunError, ZorayError
@@ -48,6 +48,7 @@ def begin(folder: RunFolder, config: RunConfig) -> None:
     """
     try:
         with RunLock(folder.path) as claim:
+            check_snapshots(folder, config)
             _follow(folder, config, resume=False, claim=claim)
     except BaseException as error:
         # Whoever has its lock may be about to write the first step.

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from launch.restore import base_replica, open_run
-from zoray.digest import digest
+from launch.restore import base_replica, open_run, warn
 from zoray.errors import LedgerError, NumericsError, RunError
 from zoray.identity import check_base
 from zoray.ledger import Ledger
 from zoray.replica import Replica
 from zoray.runs import RunFolder
-from zoray.snapshot import steps
+from zoray.snapshot import steps, weights_digest
+from zoray.stores import StoreError, shown
 
 Records = dict[int, dict[str, str]]
 """By step and by who recorded it (`replicas`, `snapshot`): a digest in hexadecimal, or _DAMAGED."""
@@ -54,19 +49,13 @@ def recorded_digests(folder: RunFolder) -> Records:
     found: Records = {}
     for row in folder.rows("digests"):
         found.setdefault(int(row["step"]), {})["replicas"] = row["digest"]
-    for step in steps(folder.snapshots):
-        found.setdefault(step, {})["snapshot"] = _snapshot_digest(folder.snapshots / f"step-{step}")
-    return found
-
-
-def _snapshot_digest(place: Path) -> str:
-    """Digest of a snapshot's weights; _DAMAGED if they cannot be read, or are not what it says itself."""
+    where = folder.snapshots_of(folder.config())
     try:
-        said = json.loads((place / "snapshot.json").read_text())["digest"]
-        found = f"{digest(load_file(place / 'weights.safetensors').items()):016x}"
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return _DAMAGED
-    return found if found == said else _DAMAGED
+        for step in steps(where):
+            found.setdefault(step, {})["snapshot"] = weights_digest(where, step) or _DAMAGED
+    except StoreError as error:
+        warn(f"the snapshots cannot be compared: {error}")
+    return found
 
 
 def _replay(replica: Replica, ledger: Ledger, goals: list[int]) -> dict[int, str]:
@@ -113,6 +102,6 @@ def _judge(folder: RunFolder, ledger: Ledger, records: Records, replayed: dict[i
     if damaged:
         raise RunError(
             f"The snapshot of step {', '.join(damaged)} is damaged; the ledger is whole.",
-            where=str(folder.snapshots),
+            where=shown(str(folder.snapshots_of(folder.config()))),
             advice="delete it: replay makes up for it",
         )

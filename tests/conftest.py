@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +39,95 @@ SENTENCES = [
 
 VOCABULARY = 128
 """Rows of the embeddings of every tiny model."""
+
+
+@dataclass(frozen=True)
+class S3:
+    """A server of the S3 protocol in this process, with one bucket per test.
+
+    Attributes:
+        address: of the server, `http://127.0.0.1:PORT`.
+        bucket: name of the test's own bucket.
+        client: of another maker than the one that is tested.
+    """
+
+    address: str
+    bucket: str
+    client: Any
+
+    def uri(self, *names: str) -> str:
+        return "/".join((f"s3://{self.bucket}", *names))
+
+    def put(self, place: Path, *names: str) -> str:
+        """Upload the files of a folder; returns its URI."""
+        for path in sorted(each for each in place.rglob("*") if each.is_file()):
+            self.write(path.read_bytes(), *names, path.relative_to(place).as_posix())
+        return self.uri(*names)
+
+    def write(self, content: bytes, *names: str) -> str:
+        self.client.put_object(Bucket=self.bucket, Key="/".join(names), Body=content)
+        return self.uri(*names)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Keys of the bucket that begin so, without the empty ones that stand for folders."""
+        found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=prefix).get("Contents", [])
+        return [each["Key"] for each in found if not each["Key"].endswith("/")]
+
+    def read(self, *names: str) -> bytes:
+        return bytes(self.client.get_object(Bucket=self.bucket, Key="/".join(names))["Body"].read())
+
+    def delete(self, *names: str) -> None:
+        self.client.delete_object(Bucket=self.bucket, Key="/".join(names))
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """Let the server ask for credentials that it knows, for the time of the block; the test's are not."""
+        try:
+            self._tell("reset-auth", b"0")
+            yield
+        finally:
+            self._tell("reset-auth", b"inf")
+
+    def _tell(self, what: str, content: bytes) -> None:
+        # Of another type, it would be taken apart before it is read.
+        kind = {"Content-Type": "application/octet-stream"}
+        asked = urllib.request.Request(f"{self.address}/moto-api/{what}", content, kind, method="POST")
+        urllib.request.urlopen(asked, timeout=30).close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of moto's server; this process and those it starts find it by `AWS_ENDPOINT_URL`."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": address,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield address
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str) -> S3:
+    """An empty bucket of a real server of the S3 protocol."""
+    import boto3
+
+    made = S3(s3_server, f"bucket-{secrets.token_hex(4)}", boto3.client("s3", endpoint_url=s3_server))
+    made.client.create_bucket(Bucket=made.bucket)
+    return made
 
 
 class TinyModel(Protocol):

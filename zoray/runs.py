@@ -3,7 +3,7 @@
 config.yaml      the configuration as resolved
 ledger/          the run itself: the commits
 metrics/         steps.jsonl, evaluations.jsonl, digests.jsonl: one JSON object a line
-snapshots/       step-N/: weights at a step, to shorten replay
+snapshots/       step-N/: weights at a step, to shorten replay; elsewhere by `snapshot_dir`
 log.txt          what happened, in words
 state.json       who runs it and where, or how it ended
 tensorboard/     event files, where `report_to` asks for them
@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from zoray.config import RunConfig, dump, load
 from zoray.errors import RunError
+from zoray.stores import is_uri, join
 
 Table = Literal["steps", "evaluations", "digests"]
 
@@ -55,8 +56,17 @@ class RunFolder:
 
     @property
     def snapshots(self) -> Path:
-        """Folder of the snapshots."""
+        """Folder of the snapshots, unless the configuration says otherwise (`snapshots_of`)."""
         return self.path / "snapshots"
+
+    def snapshots_of(self, config: RunConfig) -> Path | str:
+        """Where the run keeps its snapshots: the folder, or, by `snapshot_dir`, another one or a URI."""
+        if config.snapshot_dir is None:
+            return self.snapshots
+        if is_uri(config.snapshot_dir):
+            return join(config.snapshot_dir, self.name)
+        # From the folder of the runs, and not from where a process happens to be: many look for it.
+        return self.path.parent / config.snapshot_dir / self.name
 
     @property
     def log(self) -> Path:

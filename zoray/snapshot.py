@@ -1,16 +1,15 @@
 """Snapshots: the trainable weights at a step, to shorten replay; and how a replica gets to any step of a run.
 
-A snapshot is never the truth: it is bound to its run, carries the digest of its weights, is written beside its place
-and renamed into it, and is passed over with a warning if anything about it is wrong.
+A snapshot is never the truth: it is bound to its run, carries the digest of its weights, is there as a whole or not at
+all (`zoray.shelf`), and is passed over with a warning if anything about it is wrong, or if it cannot be reached.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,9 +21,16 @@ from zoray.errors import RunError
 from zoray.identity import check_base, header_digest
 from zoray.ledger import Ledger
 from zoray.replica import Replica
+from zoray.shelf import MARK, Shelf, shelf
+from zoray.stores import StoreError, shown
 
 _log = logging.getLogger(__name__)
 _PREFIX = "step-"
+_WEIGHTS = "weights.safetensors"
+_AT_ONCE = 8
+
+Where = Path | str
+"""A folder, or a URI on an object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class SnapshotInfo:
     run: str
 
 
-def save(folder: Path, replica: Replica, head: bytes, run: str, keep: int | None = None) -> int:
+def save(folder: Where, replica: Replica, head: bytes, run: str, keep: int | None = None) -> int:
     """Write the replica's weights to folder/step-N and return their digest; an existing snapshot of that step stays.
 
     Args:
@@ -49,120 +55,166 @@ def save(folder: Path, replica: Replica, head: bytes, run: str, keep: int | None
     Raises:
         OSError: the storage is full or gone.
     """
-    value = replica.digest()
-    place = folder / f"{_PREFIX}{replica.step}"
-    if place.exists() and digest_of(place) != f"{value:016x}":
+    value, place, name = replica.digest(), shelf(folder), f"{_PREFIX}{replica.step}"
+    known = place.names()
+    if name in known and _digest_of(place, name) != f"{value:016x}":
         # One that is damaged, or was written with other weights.
-        shutil.rmtree(place)
-    if not place.exists():
-        temporary = folder / f".{place.name}.{os.getpid()}"
-        temporary.mkdir(parents=True)
-        try:
+        place.remove(name)
+        known.remove(name)
+    if name not in known:
+        info = SnapshotInfo(replica.step, head.hex(), f"{value:016x}", run)
+
+        def write(temporary: Path) -> None:
             state = {name: tensor.contiguous().cpu() for name, tensor in replica.memory.state().items()}
-            save_file(state, temporary / "weights.safetensors")
-            info = SnapshotInfo(replica.step, head.hex(), f"{value:016x}", run)
-            (temporary / "snapshot.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
-            for path in (*temporary.iterdir(), temporary):
-                _fsync(path)
-            temporary.rename(place)
-            _fsync(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            save_file(state, temporary / _WEIGHTS)
+            (temporary / MARK).write_text(json.dumps(asdict(info), indent=1) + "\n")
+
+        place.put(name, write)
     for old in steps(folder)[:-keep] if keep else []:
-        shutil.rmtree(folder / f"{_PREFIX}{old}", ignore_errors=True)
+        place.remove(f"{_PREFIX}{old}")
     return value
 
 
-def steps(folder: Path) -> list[int]:
-    """Steps there are snapshots of, ascending."""
-    names = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*"))
+def steps(folder: Where) -> list[int]:
+    """Steps there are snapshots of, ascending.
+
+    Raises:
+        OSError: the storage is gone.
+    """
+    names = (name.removeprefix(_PREFIX) for name in shelf(folder).names() if name.startswith(_PREFIX))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def digest_of(place: Path) -> str | None:
-    """The digest (hex) a snapshot says its weights have; None if it says nothing."""
+def found(folder: Where, newest: int | None = None) -> dict[int, str | None]:
+    """By step, the digest (hex) each snapshot says its weights have; None if it says nothing.
+
+    If the storage is gone there are none, with a warning: replay makes up for them.
+
+    Args:
+        folder: the run's snapshots.
+        newest: look at the newest so many only.
+    """
+    place = shelf(folder)
     try:
-        return str(json.loads((place / "snapshot.json").read_text())["digest"])
+        there = steps(folder)[-(newest or 0) :]
+    except OSError as error:
+        _log.warning("the snapshots of the run are passed over: %s", error)
+        return {}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        said = list(pool.map(lambda step: _digest_of(place, f"{_PREFIX}{step}"), there))
+    return dict(zip(there, said, strict=True))
+
+
+def weights_digest(folder: Where, step: int) -> str | None:
+    """The digest (hex) of the weights in a snapshot; None if they cannot be read, or are not what it says itself.
+
+    Raises:
+        StoreError: it cannot be reached.
+    """
+    name = f"{_PREFIX}{step}"
+    try:
+        with shelf(folder).taken(name) as place:
+            said = json.loads((place / MARK).read_text())["digest"]
+            found = f"{digest(load_file(place / _WEIGHTS).items()):016x}"
+    except StoreError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+    return found if found == said else None
+
+
+def _digest_of(place: Shelf, name: str) -> str | None:
+    try:
+        return str(json.loads(place.read(name, MARK))["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def heads(
-    folder: Path, ledger: Ledger, at_most: int | None = None, agreed: Mapping[int, str] | None = None
+def usable(
+    there: Mapping[int, str | None],
+    ledger: Ledger,
+    at_most: int | None = None,
+    agreed: Mapping[int, str] | None = None,
 ) -> dict[int, bytes]:
     """Steps whose snapshots may be used, with the hash the ledger's last commit before each has.
 
     Args:
-        folder, ledger: of the run.
+        there: the snapshots there are, as they are `found`.
+        ledger: of the run.
         at_most: none later than this.
         agreed: digests (hex) the replicas agreed on, by step: a snapshot of other weights, or of a step without one, is
             perhaps that of a replica that had diverged. None: take all there are.
     """
     last = ledger.next_step if at_most is None else at_most
-    found = [step for step in steps(folder) if step <= last]
+    taken = [step for step in there if step <= last]
     if agreed is not None:
-        found = [step for step in found if step in agreed and agreed[step] == digest_of(folder / f"{_PREFIX}{step}")]
-    return {step: head_at(ledger, step) for step in found}
+        taken = [step for step in taken if step in agreed and agreed[step] == there[step]]
+    return {step: head_at(ledger, step) for step in taken}
 
 
-def sweep(folder: Path, after: int | None = None) -> None:
+def sweep(folder: Where, after: int | None = None) -> None:
     """Delete what killed processes left half written, and the snapshots of steps later than `after`.
 
     Only while nobody else uses the folder.
+
+    Raises:
+        OSError: the storage is gone.
     """
-    for path in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    place = shelf(folder)
+    place.sweep()
     for step in steps(folder) if after is not None else []:
         if after is not None and step > after:
-            shutil.rmtree(folder / f"{_PREFIX}{step}", ignore_errors=True)
+            place.remove(f"{_PREFIX}{step}")
 
 
-def load_newest(folder: Path, replica: Replica, run: str, known: Mapping[int, bytes]) -> bytes | None:
+def load_newest(folder: Where, replica: Replica, run: str, known: Mapping[int, bytes]) -> bytes | None:
     """Bring the replica to the newest usable snapshot.
 
     Args:
         folder: the run's snapshots.
         replica: at a step before it.
         run: `header_digest` of the run's ledger.
-        known: the steps whose snapshots may be used, with the hash each must have been made at (see `heads`).
+        known: the steps whose snapshots may be used, with the hash each must have been made at (see `usable`).
 
     Returns:
         The hash of the last commit in it; None if there is none, and then the replica is as it was.
     """
-    for step in reversed(steps(folder)):
-        if replica.step < step and step in known:
-            place = folder / f"{_PREFIX}{step}"
+    place = shelf(folder)
+    for step in sorted(known, reverse=True):
+        name = f"{_PREFIX}{step}"
+        if replica.step < step:
             try:
-                return _load(place, replica, run, known[step])
+                return _load(place, name, replica, run, known[step])
             except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
-                _log.warning("the snapshot %s is passed over: %s", place, error)
+                _log.warning("the snapshot %s of %s is passed over: %s", name, shown(str(folder)), error)
     return None
 
 
-def _load(place: Path, replica: Replica, run: str, head: bytes) -> bytes:
-    info = SnapshotInfo(**json.loads((place / "snapshot.json").read_text()))
+def _load(place: Shelf, name: str, replica: Replica, run: str, head: bytes) -> bytes:
+    info = SnapshotInfo(**json.loads(place.read(name, MARK)))
     if info.run != run:
         raise ValueError("it belongs to another run")
     if info.head != head.hex():
         raise ValueError("it was made with other commits than the ledger has")
-    state = load_file(place / "weights.safetensors")
-    for name, tensor in replica.memory.state().items():
-        if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-            raise ValueError(f"{name} is {state[name].dtype} {tuple(state[name].shape)}")
-    found = f"{digest(state.items()):016x}"
-    if found != info.digest:
-        raise ValueError(f"its digest is {found}, not {info.digest}")
-    replica.load(state, info.step)
+    with place.taken(name) as files:
+        state = load_file(files / _WEIGHTS)
+        for key, tensor in replica.memory.state().items():
+            if state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
+                raise ValueError(f"{key} is {state[key].dtype} {tuple(state[key].shape)}")
+        found = f"{digest(state.items()):016x}"
+        if found != info.digest:
+            raise ValueError(f"its digest is {found}, not {info.digest}")
+        replica.load(state, info.step)
     return head
 
 
-def replay(replica: Replica, ledger: Ledger, snapshots: Path | None, step: int | None = None) -> None:
+def replay(replica: Replica, ledger: Ledger, snapshots: Where | None, step: int | None = None) -> None:
     """Bring a replica of the base model to a step of a run: the newest usable snapshot, then the commits behind it.
 
     Args:
         replica: at step 0.
         ledger: the run's ledger.
-        snapshots: folder of its snapshots; None to replay from the base model.
+        snapshots: where its snapshots are; None to replay from the base model.
         step: the step to reach; by default the last one.
 
     Raises:
@@ -176,7 +228,7 @@ def replay(replica: Replica, ledger: Ledger, snapshots: Path | None, step: int |
             f"The run has no step {goal}.", where=str(ledger.path), advice=f"give a step from 0 to {ledger.next_step}"
         )
     if snapshots is not None:
-        load_newest(snapshots, replica, header_digest(ledger.header), heads(snapshots, ledger, goal))
+        load_newest(snapshots, replica, header_digest(ledger.header), usable(found(snapshots), ledger, goal))
     replica.apply(list(ledger.commits(replica.step, goal)))
 
 
@@ -185,11 +237,3 @@ def head_at(ledger: Ledger, step: int) -> bytes:
     if step == 0:
         return ledger.genesis
     return next(iter(ledger.commits(step - 1, step))).hash
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

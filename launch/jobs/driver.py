@@ -85,10 +85,13 @@ def drive() -> None:
 
 def _new(path: Path, local: dict[str, str]) -> tuple[RunFolder, RunConfig]:
     """A new run that has passed all checks; what was refused leaves no folder behind."""
+    from launch.preflight import check_snapshots
+
     config = _config(path, local)
     folder = RunFolder.create(config, "run")
     with RunLock(folder.path):
         try:
+            check_snapshots(folder, config)
             _check(config, folder)
         except BaseException:
             shutil.rmtree(folder.path, ignore_errors=True)

@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from zoray.config import RunConfig
 from zoray.errors import ConfigError, ResourceError, RunError
 from zoray.identity import code_digest
 from zoray.runs import RunFolder
+from zoray.stores import StoreError, check_readable, check_writable, is_uri
 
 _PATIENCE = 90.0
 _CACHED = 5.0
@@ -35,6 +36,7 @@ class Seen:
         version, code: of its Zoray.
         missing: those of the paths asked for that it does not have.
         storage: why it cannot write to the run's folder; None: it can.
+        unreached: URIs asked for that it cannot read, or write to, with the reason and what to do.
     """
 
     host: str
@@ -42,6 +44,7 @@ class Seen:
     code: str
     missing: tuple[str, ...]
     storage: str | None
+    unreached: tuple[tuple[str, str, str], ...] = ()
 
 
 def check_offers(config: RunConfig) -> None:
@@ -72,7 +75,7 @@ def check_machines(config: RunConfig, folder: RunFolder) -> list[str]:
 
     Raises:
         ResourceError: a machine has another Zoray, or none.
-        ConfigError: a machine lacks the model or the data.
+        ConfigError: a machine lacks the model or the data, or cannot reach the store they or the snapshots are on.
         RunError: a machine cannot write to the run's folder, or has another volume there.
     """
     import ray
@@ -82,17 +85,19 @@ def check_machines(config: RunConfig, folder: RunFolder) -> list[str]:
     token = folder.path / f".seen-{secrets.token_hex(4)}"
     token.write_text(token.name)
     paths = {key: path for key, path in local_paths(config).items() if os.path.isabs(path)}
+    uris = {key: value for key, value in named_places(config).items() if is_uri(value)}
     remote: Any = ray.remote(look)
     asked = {}
     for node in _fitting(_needs(config)):
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": there}
-        asked[remote.options(**options).remote(str(token), list(paths.values()))] = node["NodeManagerHostname"]
+        seen = remote.options(**options).remote(str(token), list(paths.values()), uris)
+        asked[seen] = node["NodeManagerHostname"]
     unseen, deadline = [], time.monotonic() + _PATIENCE
     try:
         for reference, host in asked.items():
             try:
-                _check(ray.get(reference, timeout=max(0.0, deadline - time.monotonic())), paths, folder)
+                _check(ray.get(reference, timeout=max(0.0, deadline - time.monotonic())), paths, uris, folder)
             except RayTaskError as error:
                 raise _no_zoray(host, error) from None
             except (GetTimeoutError, RayError):
@@ -103,21 +108,40 @@ def check_machines(config: RunConfig, folder: RunFolder) -> list[str]:
     return unseen
 
 
-def look(token: str, paths: Sequence[str]) -> Seen:
+def look(token: str, paths: Sequence[str], uris: Mapping[str, str] | None = None) -> Seen:
     """What this machine has; runs on it.
 
     Args:
         token: a file in the run's folder that holds its own name.
         paths: to look for.
+        uris: to read from, and that of `snapshot_dir` to write to, by key.
     """
     missing = tuple(path for path in paths if not os.path.exists(path))
-    return Seen(socket.gethostname(), __version__, code_digest(), missing, _storage_fault(Path(token)))
+    unreached = []
+    for key, uri in (uris or {}).items():
+        try:
+            (check_writable if key == "snapshot_dir" else check_readable)(uri)
+        except StoreError as error:
+            unreached.append((uri, error.what, error.advice or ""))
+    host = socket.gethostname()
+    return Seen(host, __version__, code_digest(), missing, _storage_fault(Path(token)), tuple(unreached))
+
+
+def named_places(config: RunConfig) -> dict[str, str]:
+    """The keys that say where the model, the data and the snapshots are, with their values."""
+    task = config.task
+    named = {
+        "model": config.model,
+        "task.train": task.train,
+        "task.eval": task.eval,
+        "snapshot_dir": config.snapshot_dir,
+    }
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def local_paths(config: RunConfig) -> dict[str, str]:
-    """The keys that name the model and the data, with those of their values that are not on an object store."""
-    named = {"model": config.model, "task.train": config.task.train, "task.eval": config.task.eval}
-    return {key: value for key, value in named.items() if value is not None and "://" not in value}
+    """Those of the named places that are not on an object store."""
+    return {key: value for key, value in named_places(config).items() if not is_uri(value)}
 
 
 def _storage_fault(token: Path) -> str | None:
@@ -137,7 +161,7 @@ def _storage_fault(token: Path) -> str | None:
     return None
 
 
-def _check(seen: Seen, paths: dict[str, str], folder: RunFolder) -> None:
+def _check(seen: Seen, paths: dict[str, str], uris: dict[str, str], folder: RunFolder) -> None:
     if (seen.version, seen.code) != (__version__, code_digest()):
         raise ResourceError(
             f"The machine {seen.host} has Zoray {seen.version} with code {seen.code}, the head {__version__} with "
@@ -157,6 +181,13 @@ def _check(seen: Seen, paths: dict[str, str], folder: RunFolder) -> None:
                 f"{key} is {path}, which the machine {seen.host} does not have.",
                 where=key,
                 advice="put it on a volume that all machines mount, or on an object store",
+            )
+    unreached = {uri: (what, advice) for uri, what, advice in seen.unreached}
+    for key, uri in uris.items():
+        if uri in unreached:
+            what, advice = unreached[uri]
+            raise ConfigError(
+                f"{key} is of no use to the machine {seen.host}: {what}.", where=key, advice=advice or None
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import sys
@@ -18,6 +19,7 @@ from launch.preflight import PROCESS_BYTES, count_weights
 from zoray import __version__
 from zoray.config import RunConfig, load
 from zoray.errors import ConfigError
+from zoray.stores import is_uri
 
 _RAY_PORTS = {6379: "GCS", 8080: "metrics", 8265: "dashboard", 10001: "client", 52365: "agent"}
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -92,7 +94,8 @@ def placed(config: RunConfig, config_path: str) -> tuple[RunConfig, list[str]]:
     changes = {
         "model": _place(config.model, "model", config_path, notes),
         "task": task,
-        "output_dir": _runs(config, config_path),
+        "output_dir": _runs(config.output_dir, "output_dir", config_path),
+        "snapshot_dir": _snapshots(config, config_path),
         "metrics_port": config.metrics_port or METRICS_PORT,
     }
     return config.model_copy(update=changes), notes
@@ -104,7 +107,7 @@ def to_yaml(documents: list[dict[str, Any]]) -> str:
 
 
 def _place(path: str, key: str, config_path: str, notes: list[str]) -> str:
-    if "://" in path:
+    if is_uri(path):
         return path
     # `load` has made absolute what it found here. Data that is relative still was not found; a model may be on the hub.
     if not path.startswith("/"):
@@ -125,16 +128,25 @@ def _place(path: str, key: str, config_path: str, notes: list[str]) -> str:
     )
 
 
-def _runs(config: RunConfig, config_path: str) -> str:
-    """Folder of the runs, on the volume: what is elsewhere in a pod is gone with it."""
-    folder = Path(MOUNT) / config.output_dir
+def _runs(path: str, key: str, config_path: str) -> str:
+    """A folder the run writes to, on the volume: what is elsewhere in a pod is gone with it."""
+    folder = Path(MOUNT) / path
     if not folder.is_relative_to(MOUNT) or ".." in folder.parts:
         raise ConfigError(
-            f"{config.output_dir} is not on the cluster's volume, and would be lost with its pod.",
-            where=f"{config_path}, output_dir",
+            f"{path} is not on the cluster's volume, and would be lost with its pod.",
+            where=f"{config_path}, {key}",
             advice=f"leave it out, or give a folder below {MOUNT}",
         )
     return str(folder)
+
+
+def _snapshots(config: RunConfig, config_path: str) -> str | None:
+    """Where the snapshots are kept: on a store, or on the volume, which what is relative is taken from too."""
+    where = config.snapshot_dir
+    if where is None or is_uri(where):
+        return where
+    _runs(os.path.normpath(Path(MOUNT) / config.output_dir / where), "snapshot_dir", config_path)
+    return where
 
 
 def _on_volume(path: Path, key: str, notes: list[str]) -> str:

@@ -18,10 +18,10 @@ from zoray.runs import RunFolder
 
 
 @pytest.fixture(scope="session")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def local_ray(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[None]:
     import ray
 
-    # Replicas inherit the environment of the raylet.
+    # Replicas inherit the environment of the raylet, with what it says of the S3 server.
     os.environ["ZORAY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield

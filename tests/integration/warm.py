@@ -18,6 +18,9 @@ class WarmReplica:
     def introduce(self) -> Introduction:
         return self.actor.introduce()
 
+    def find_snapshots(self) -> tuple[dict[int, str | None], tuple[str, ...]]:
+        return self.actor.find_snapshots()
+
     def join(self, genesis: bytes, run: str, known: dict[int, bytes]) -> tuple[int, tuple[str, ...]]:
         return self.actor.join(genesis, run, known)
 

@@ -69,11 +69,17 @@ def write_data(folder: Path, kind: str, rows: int = 24) -> dict[str, str]:
     return paths
 
 
-def write_config(folder: Path, model: str = "gpt2", kind: str = "causal_lm", **keys: Any) -> Path:
-    """A model, data and a configuration file for them under a folder; `keys` override those of the configuration."""
+def write_config(
+    folder: Path, model: str = "gpt2", kind: str = "causal_lm", base: str | None = None, **keys: Any
+) -> Path:
+    """A model, data and a configuration file for them under a folder; `keys` override those of the configuration.
+
+    `base`: a model there is already.
+    """
     head = {"head": "classification"} if kind == "classification" else {}
+    folder.mkdir(exist_ok=True)
     settings: dict[str, Any] = {
-        "model": str(make_model(model, folder / "base", **head)),
+        "model": base or str(make_model(model, folder / "base", **head)),
         "task": {"kind": kind, **write_data(folder, kind), "max_length": 8, **keys.pop("task", {})},
         "max_steps": 6,
         "directions": 4,
@@ -123,7 +129,7 @@ def build_run(
             _step(run, config, replica, task, ledger)
             digests[replica.step] = replica.digest()
             if replica.step in snapshots:
-                save(run.snapshots, replica, ledger.head, header_digest(header))
+                save(run.snapshots_of(config), replica, ledger.head, header_digest(header))
     evaluations[replica.step] = _evaluate(run, replica, task)
     if digest:
         run.append("digests", {"step": replica.step, "digest": f"{digests[replica.step]:016x}"})

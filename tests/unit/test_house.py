@@ -20,7 +20,7 @@ PACKAGES = ("zoray", "actors", "launch")
 
 LAYERS = (
     {"errors", "files"},
-    {"schedule", "commits", "layout", "digest", "product", "rounding"},
+    {"schedule", "commits", "layout", "digest", "product", "rounding", "stores"},
     {"config"},
     {"directions"},
     {"perturb", "update", "ledger"},
@@ -31,7 +31,7 @@ LAYERS = (
     {"memory"},
     {"replica"},
     {"protocol"},
-    {"tasks", "runs"},
+    {"tasks", "runs", "shelf"},
     {"models"},
     {"identity"},
     {"snapshot"},
@@ -39,7 +39,7 @@ LAYERS = (
 """The core from the bottom up, by the first name below `zoray`; a module may import itself and the layers below it."""
 
 FOREIGN_TO_CORE = ("ray", "deepspeed", "prometheus_client")
-LIGHT = ("errors", "files", "schedule", "commits", "config", "ledger", "aggregate", "protocol")
+LIGHT = ("errors", "files", "stores", "schedule", "commits", "config", "ledger", "aggregate", "protocol")
 """What the command line and the coordinator load: never torch or transformers, which take seconds."""
 
 

@@ -278,6 +278,20 @@ def test_deadline_follows_the_median() -> None:
     assert run.state.counters.late == 1
 
 
+def test_an_upload_may_take_longer_than_others_took() -> None:
+    """Its replica is not taken for silent while the patience lasts; a probe's is."""
+    for patience, released in ((0.0, True), (1000.0, False)):
+        run = Driver(
+            settings(directions=1, save_steps=1, max_misses=1, first_deadline=10.0, snapshot_patience=patience)
+        )
+        (probe,) = run.join("a")
+        run.answer(probe)
+        (comparing,) = of(Assign, run.feed(CommitDurable(0)))
+        actions = run.answer(comparing)
+        assert [each.item.kind for each in of(Assign, actions)] == [Kind.SNAPSHOT]
+        assert bool(of(Release, run.feed(Tick(), now=run.now + 100.0))) is released
+
+
 def test_answers_of_earlier_steps_and_duplicates_are_ignored() -> None:
     run = Driver(settings(directions=2))
     (first,) = run.join("a")

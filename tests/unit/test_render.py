@@ -307,6 +307,16 @@ def test_names_on_the_hub_urls_and_paths_of_the_cluster_stay(config: Callable[..
     assert "facebook/opt-1.3b is taken from the hub" in said and "s3" not in said
 
 
+def test_snapshots_are_on_a_store_or_on_the_volume(config: Callable[..., str], tmp_path: Path) -> None:
+    for where in ("s3://bucket/snapshots", "../snapshots", "/zoray/snapshots"):
+        made, said = render(config(model="s3://bucket/opt", snapshot_dir=where))
+        inside = run(made, tmp_path)
+        assert (inside.model, inside.snapshot_dir) == ("s3://bucket/opt", where) and "s3" not in said
+    for where in ("/home/me/snapshots", "../../snapshots"):
+        error = refused(config(snapshot_dir=where))
+        assert "snapshot_dir" in str(error) and "volume" in str(error)
+
+
 def test_a_path_that_only_this_machine_has_is_refused(config: Callable[..., str], tmp_path_factory: Any) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "train.jsonl"
     elsewhere.write_text('{"text": "a"}\n')

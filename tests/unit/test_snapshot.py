@@ -17,7 +17,7 @@ from zoray.errors import LedgerError, RunError
 from zoray.identity import header_digest
 from zoray.ledger import Ledger
 from zoray.replica import Replica, base_digest
-from zoray.snapshot import head_at, heads, load_newest, replay, save, steps, sweep
+from zoray.snapshot import found, head_at, load_newest, replay, save, steps, sweep, usable
 
 RUN = "run"
 
@@ -65,9 +65,10 @@ def test_the_newest_in_time_is_taken(tmp_path: Path, ledger: Ledger) -> None:
     assert steps(tmp_path / "s") == [2, 4, 6]
     for most, expected in ((6, 6), (5, 4), (2, 2), (1, 0)):
         one = replica()
-        found = load_newest(tmp_path / "s", one, header_digest(ledger.header), heads(tmp_path / "s", ledger, most))
+        known = usable(found(tmp_path / "s"), ledger, most)
+        head = load_newest(tmp_path / "s", one, header_digest(ledger.header), known)
         assert one.step == expected
-        assert found == (head_at(ledger, expected) if expected else None)
+        assert head == (head_at(ledger, expected) if expected else None)
         assert one.digest() == at(ledger, expected).digest()
 
 
@@ -127,10 +128,10 @@ def test_a_damaged_one_is_passed_over_with_a_warning(
     damage(tmp_path / "s" / "step-4")
     one = replica()
     with caplog.at_level(logging.WARNING):
-        load_newest(tmp_path / "s", one, header_digest(ledger.header), heads(tmp_path / "s", ledger))
+        load_newest(tmp_path / "s", one, header_digest(ledger.header), usable(found(tmp_path / "s"), ledger))
     assert one.step == 2
     assert one.digest() == at(ledger, 2).digest()
-    assert "step-4 is passed over" in caplog.text
+    assert "step-4 of" in caplog.text
 
 
 def test_one_of_another_layout_is_passed_over(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_one_of_other_commits_is_passed_over(tmp_path: Path, ledger: Ledger, cap
 
 def test_only_known_ones_are_used(tmp_path: Path, ledger: Ledger) -> None:
     saved(ledger, tmp_path / "s", 2, 4)
-    known = heads(tmp_path / "s", ledger, 3)
+    known = usable(found(tmp_path / "s"), ledger, 3)
     assert known == {2: head_at(ledger, 2)}
     one = replica()
     assert load_newest(tmp_path / "s", one, header_digest(ledger.header), known) == known[2] and one.step == 2

@@ -44,7 +44,11 @@ class RunConfig(Section):
     """One run."""
 
     model: str = key(
-        ..., "Model to start from: a folder, or a name on the Hugging Face hub.", mathematics="content", min_length=1
+        ...,
+        "Model to start from: a folder, a name on the Hugging Face hub, or a folder of an object store "
+        "(`s3://bucket/folder`, `gs://...`), which each machine downloads once into its cache (`ZORAY_CACHE`).",
+        mathematics="content",
+        min_length=1,
     )
     dtype: Literal["float32", "bfloat16", "float16"] = key(
         "float32",
@@ -150,6 +154,13 @@ class RunConfig(Section):
         "Keep the newest so many snapshots. Without it, all where `save_steps` is given, else two.",
         mathematics=False,
         ge=1,
+    )
+    snapshot_dir: str | None = key(
+        None,
+        "Folder, or `s3://bucket/folder` or `gs://...` on an object store, that the run's snapshots are kept in under "
+        "the run's name; a relative one is taken from `output_dir`. Without it, they are in the run's folder.",
+        mathematics=False,
+        min_length=1,
     )
     digest_every: int | None = key(
         None,

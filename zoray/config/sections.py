@@ -59,7 +59,8 @@ class CausalLMTask(Section):
     kind: Literal["causal_lm"] = key(..., "Causal language modelling.", mathematics=True)
     train: str = key(
         ...,
-        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names).",
+        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names); "
+        "also on an object store (`s3://bucket/folder`, `gs://...`).",
         mathematics="content",
         min_length=1,
     )
@@ -90,7 +91,8 @@ class ClassificationTask(Section):
     kind: Literal["classification"] = key(..., "Sequence classification.", mathematics=True)
     train: str = key(
         ...,
-        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names).",
+        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names); "
+        "also on an object store (`s3://bucket/folder`, `gs://...`).",
         mathematics="content",
         min_length=1,
     )

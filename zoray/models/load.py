@@ -11,8 +11,10 @@ from torch import nn
 
 from zoray.config import RunConfig, TrainableLora
 from zoray.errors import ModelError
-from zoray.models.source import find, quiet, reason, some
+from zoray.models.source import find, quiet
 from zoray.models.trainable import add_adapters, select, trains
+from zoray.models.words import reason, some
+from zoray.stores import is_uri, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,6 +98,9 @@ def _from_pretrained(
     except Exception as error:
         raise _explain(config, num_labels, error) from error
     model, report = loaded
+    if is_uri(config.model):
+        # What is saved of it must not name a folder of this machine's cache.
+        model.name_or_path = model.config._name_or_path = shown(config.model)
     new = sorted(report["missing_keys"])
     _require_whole(config, model, new)
     _set_use_cache(model)

@@ -1,4 +1,4 @@
-"""Where a model is, and saying briefly why it cannot be had."""
+"""Where a model is."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 
 from zoray.config import RunConfig
 from zoray.errors import ModelError
+from zoray.models.fetched import fetched, listed, require_config
+from zoray.models.words import reason, some
+from zoray.stores import is_uri
 
 _READ = (".json", ".safetensors", ".bin", ".model")
 """What the files of a model that are loaded end with."""
 
 
 def find(config: RunConfig) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say where the model is.
+    """The arguments of `from_pretrained` that say where the model is; one on an object store is downloaded.
 
     Asked for a name it does not have, with no network, `transformers` tries for half a minute; the hub is asked here
     instead, once.
+
+    Raises:
+        ModelError: it cannot be had.
     """
-    name = config.model
+    name = str(fetched(config.model)) if is_uri(config.model) else config.model
     folder = Path(name).expanduser()
     source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if folder.is_dir():
         found = sorted(each.name for each in folder.iterdir())
-        if "config.json" not in found:
-            adapter = "It is an adapter of peft: merge it into its base model (merge_and_unload) and save that."
-            raise ModelError(
-                f"The folder {folder} has no config.json; it has {some(found) if found else 'nothing'}.",
-                where="model",
-                advice=adapter if "adapter_config.json" in found else "Name a folder made by save_pretrained.",
-            )
+        require_config(found, str(folder))
         read = [name for name in found if name.endswith(_READ)]
         if closed := [name for name in read if not os.access(folder / name, os.R_OK)]:
             raise ModelError(
@@ -47,6 +47,18 @@ def find(config: RunConfig) -> dict[str, Any]:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"There is no folder {folder}.", where="model", advice="Check the path.")
     return {**source, "pretrained_model_name_or_path": name, "local_files_only": _only_in_cache(name)}
+
+
+def check(config: RunConfig) -> None:
+    """As `find`, but what is on an object store stays there: for a machine that may never need it.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    if is_uri(config.model):
+        listed(config.model)
+    else:
+        find(config)
 
 
 def _only_in_cache(name: str) -> bool:
@@ -85,16 +97,3 @@ def quiet() -> Iterator[None]:
         reports.set_verbosity(level)
         if bars:
             reports.enable_progress_bar()
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, without its full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = lines[0].rstrip(". ")
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def some(names: list[str]) -> str:
-    """A list of names, the middle of a long one left out."""
-    shown = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
-    return ", ".join(shown)

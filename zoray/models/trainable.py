@@ -9,7 +9,7 @@ from torch import nn
 
 from zoray.config import LoraConfig, RunConfig
 from zoray.errors import ConfigError, ModelError
-from zoray.models.source import reason, some
+from zoray.models.words import reason, some
 
 
 def select(model: nn.Module, trainable: str) -> None:

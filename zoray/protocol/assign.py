@@ -180,6 +180,7 @@ def observe(state: State, kind: Kind, seconds: float) -> None:
 def deadline(state: State, kind: Kind) -> float:
     """Seconds after which an item of this kind is late."""
     recent, settings = state.durations.get(kind), state.settings
+    least = settings.snapshot_patience if kind is Kind.SNAPSHOT else 0.0
     if not recent:
-        return settings.first_deadline
-    return max(settings.late_factor * median(recent), settings.late_minimum)
+        return max(settings.first_deadline, least)
+    return max(settings.late_factor * median(recent), settings.late_minimum, least)

@@ -33,6 +33,8 @@ class Settings:
         late_factor, late_minimum: an item is late after max(factor * recent median of its kind, minimum).
         first_deadline: the same while no item of that kind has been answered yet (first calls compile and warm up).
         overdue_factor: a replica is sent work again after this many deadlines without an answer, doubling each time.
+        snapshot_patience: a snapshot is not late before so many seconds, whatever others took: one on an object store
+            takes as long as the network makes it, and gives up by itself where that is dead.
         max_misses: after this many unanswered, refused or failed assignments in a row the replica is released.
         max_failures: an item that raised this often, and on every live replica, ends the run.
         short_probe: where a probe usually takes no longer, a replica has another one in line while it runs one, so
@@ -62,6 +64,7 @@ class Settings:
     late_minimum: float = 1.0
     first_deadline: float = 60.0
     overdue_factor: float = 2.0
+    snapshot_patience: float = 0.0
     max_misses: int = 5
     max_failures: int = 3
     short_probe: float = 0.1

@@ -1,12 +1,13 @@
 """Reading rows of text from JSONL, JSON, CSV and Parquet: a file, or a folder of files in the order of their names.
 
-Files are opened through `pyarrow.fs`, so a path may be local or a URI it knows (`s3://...`, `gs://...`), and may end in
-`.gz`, `.bz2` or `.zst` on top of JSONL, JSON or CSV. CSV and Parquet are parsed by `pyarrow`; JSON by the standard
-library, because every row then keeps its line and its types are never guessed (text that looks like a date stays text).
+A path may be local or on an object store (`zoray.stores`), and may end in `.gz`, `.bz2` or `.zst` on top of JSONL, JSON
+or CSV. CSV and Parquet are parsed by `pyarrow`; JSON by the standard library, because every row then keeps its line and
+its types are never guessed (text that looks like a date stays text).
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv as _csv
 import io
 import json
@@ -21,6 +22,7 @@ import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet
 
+from zoray import stores
 from zoray.errors import DataError
 
 CellKind = Literal["text", "label"]
@@ -31,16 +33,25 @@ _BLOCK_BYTES = 16 << 20
 _PACKED = (".gz", ".bz2", ".zst")
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _INTEGER = re.compile(r"[+-]?\d+")
+_CHECK = "Check task.train and task.eval."
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file of a data set; `size` in bytes, `modified` in nanoseconds since 1970 (0 where unknown)."""
+    """One file of a data set.
+
+    Attributes:
+        path: as it is shown; `s3://bucket/...` on a store.
+        size: in bytes.
+        version: what changes with its content: the time of change in nanoseconds since 1970, or a store's own tag.
+        filesystem, inner: where it is opened.
+    """
 
     path: str
     size: int
-    modified: int
+    version: str
     filesystem: pa.fs.FileSystem
+    inner: str
 
     @property
     def suffix(self) -> str:
@@ -67,26 +78,39 @@ def find_files(path: str) -> list[DataFile]:
     Raises:
         DataError: the path does not exist, is of no known format, or is a folder without such files.
     """
-    filesystem, inner = _filesystem(path)
     try:
-        info = filesystem.get_file_info(inner)
-        folder = info.type == pa.fs.FileType.Directory
-        infos = filesystem.get_file_info(pa.fs.FileSelector(inner)) if folder else [info]
-    except OSError as error:
-        raise DataError(f"The data cannot be reached: {error}.", where=path) from error
+        filesystem, inner = stores.opened(path)
+        with stores.faults(path):
+            info = filesystem.get_file_info(inner)
+            if info.type == pa.fs.FileType.NotFound and stores.is_uri(path):
+                # Of a bucket that is missing, only a listing says so.
+                with contextlib.suppress(FileNotFoundError):
+                    filesystem.get_file_info(pa.fs.FileSelector(inner))
+            folder = info.type == pa.fs.FileType.Directory
+            infos = filesystem.get_file_info(pa.fs.FileSelector(inner)) if folder else [info]
+    except stores.StoreError as error:
+        raise DataError(f"{error.what}.", where=stores.shown(path), advice=error.advice or _CHECK) from error
     if info.type == pa.fs.FileType.NotFound:
-        raise DataError("There is no such file or folder.", where=path, advice="Check task.train and task.eval.")
+        raise DataError("There is no such file or folder.", where=stores.shown(path), advice=_CHECK)
     files = [each for each in infos if each.type == pa.fs.FileType.File and not each.base_name.startswith((".", "_"))]
     known = [each for each in files if _suffix(each.path) in _SUFFIXES]
     if not known:
         found = ", ".join(sorted(each.base_name for each in files)[:5]) or "nothing"
         raise DataError(
             f"There is no file of a known format; found: {found}.",
-            where=path,
+            where=stores.shown(path),
             advice=f"Known are {', '.join(_SUFFIXES)}, the first five also with {', '.join(_PACKED)}.",
         )
     known.sort(key=lambda each: each.path)
-    return [DataFile(each.path, each.size or 0, each.mtime_ns or 0, filesystem) for each in known]
+    scheme = f"{path.partition('://')[0]}://" if stores.is_uri(path) else ""
+    try:
+        versions = stores.versions(filesystem, known)
+    except stores.StoreError as error:
+        raise DataError(f"{error.what}.", where=stores.shown(path), advice=error.advice) from error
+    return [
+        DataFile(f"{scheme}{each.path}", each.size or 0, version, filesystem, each.path)
+        for each, version in zip(known, versions, strict=True)
+    ]
 
 
 def read_rows(files: list[DataFile], columns: Mapping[str, CellKind]) -> Iterator[Chunk]:
@@ -110,12 +134,14 @@ def _read_file(file: DataFile, columns: Mapping[str, CellKind]) -> Iterator[dict
     try:
         yield from readers.get(file.suffix, _read_jsonl)(file, columns)
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+        if stores.is_uri(file.path) and (fault := stores.reached(file.path, error)) is not None:
+            raise DataError(f"{fault.what}.", where=file.path, advice=fault.advice) from error
         # Arrow's own errors are ValueErrors and OSErrors; what is wrong is in their first line.
         raise DataError(f"The file cannot be read: {str(error).splitlines()[0]}.", where=file.path) from error
 
 
 def _read_parquet(file: DataFile, columns: Mapping[str, CellKind]) -> Iterator[dict[str, list[Any]]]:
-    with file.filesystem.open_input_file(file.path) as stream:
+    with file.filesystem.open_input_file(file.inner) as stream:
         reader = pa.parquet.ParquetFile(stream)
         _require(columns, reader.schema_arrow.names, file.path)
         for batch in reader.iter_batches(batch_size=ROWS_PER_CHUNK, columns=list(columns)):
@@ -124,10 +150,10 @@ def _read_parquet(file: DataFile, columns: Mapping[str, CellKind]) -> Iterator[d
 
 def _read_csv(file: DataFile, columns: Mapping[str, CellKind]) -> Iterator[dict[str, list[Any]]]:
     delimiter = "\t" if file.suffix == ".tsv" else ","
-    with file.filesystem.open_input_stream(file.path) as stream:
+    with file.filesystem.open_input_stream(file.inner) as stream:
         header = next(_csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter), [])
     _require(columns, header, file.path)
-    with file.filesystem.open_input_stream(file.path) as stream:
+    with file.filesystem.open_input_stream(file.inner) as stream:
         reader = pa.csv.open_csv(
             stream,
             read_options=pa.csv.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
@@ -150,7 +176,7 @@ def _csv_labels(cells: list[Any]) -> list[Any]:
 
 def _read_json(file: DataFile, columns: Mapping[str, CellKind]) -> Iterator[dict[str, list[Any]]]:
     """A `.json` file is one array of objects, or JSONL under another name."""
-    with file.filesystem.open_input_stream(file.path) as stream:
+    with file.filesystem.open_input_stream(file.inner) as stream:
         text = stream.read().decode("utf-8-sig")
     if not text.lstrip().startswith("["):
         yield from _objects_to_rows(_parse_lines(text.split("\n"), file.path), columns, file.path)
@@ -163,7 +189,7 @@ def _read_json(file: DataFile, columns: Mapping[str, CellKind]) -> Iterator[dict
 
 
 def _read_jsonl(file: DataFile, columns: Mapping[str, CellKind]) -> Iterator[dict[str, list[Any]]]:
-    with file.filesystem.open_input_stream(file.path) as stream:
+    with file.filesystem.open_input_stream(file.inner) as stream:
         lines = io.TextIOWrapper(stream, "utf-8-sig", newline="\n")
         yield from _objects_to_rows(_parse_lines(lines, file.path), columns, file.path)
 
@@ -222,16 +248,6 @@ def _check(chunk: Chunk, column: str, kind: CellKind) -> None:
         wanted = "text" if kind == "text" else "an integer or text"
         what = "The cell is null" if cell is None else f"The cell is {_short(cell)} ({type(cell).__name__})"
         raise DataError(f"{what}; it must be {wanted}.", where=chunk.where(position, column), advice="Clean the data.")
-
-
-def _filesystem(path: str) -> tuple[pa.fs.FileSystem, str]:
-    if "://" not in path:
-        return pa.fs.LocalFileSystem(), path
-    try:
-        filesystem, inner = pa.fs.FileSystem.from_uri(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"The address cannot be opened: {error}.", where=path) from error
-    return filesystem, inner
 
 
 def _suffix(path: str) -> str:

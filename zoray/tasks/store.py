@@ -23,6 +23,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from zoray.errors import DataError
+from zoray.stores import cache_root
 from zoray.tasks.source import DataFile
 
 if TYPE_CHECKING:
@@ -124,15 +125,14 @@ def open_store(fingerprint: str, rows: Rows, extras: tuple[str, ...] = ()) -> To
 
 def cache_folder() -> Path:
     """`$ZORAY_CACHE/tokenized`, or `~/.cache/zoray/tokenized`; it may be deleted whenever no run uses it."""
-    root = os.environ.get("ZORAY_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "zoray") / "tokenized"
+    return cache_root() / "tokenized"
 
 
 def fingerprint(files: list[DataFile], tokenizer: PreTrainedTokenizerBase, keys: Mapping[str, Any]) -> str:
-    """Names a store by its files (path, size, time of change), its tokenizer and the keys it was made with."""
+    """Names a store by its files (path, size, version), its tokenizer and the keys it was made with."""
     described = {
         "format": _FORMAT,
-        "files": [(each.path, each.size, each.modified) for each in files],
+        "files": [(each.path, each.size, each.version) for each in files],
         "tokenizer": _tokenizer_digest(tokenizer),
         "keys": dict(keys),
     }

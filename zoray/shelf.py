@@ -1,0 +1,172 @@
+"""Where the snapshots of a run lie, each a few files under a name: in a folder, or on an object store.
+
+Whoever looks finds a whole snapshot or none. In a folder it is written beside its place and renamed into it; a store
+cannot rename, so there the file that makes it whole goes last, and what lacks that file does not exist.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from zoray import stores
+
+MARK = "snapshot.json"
+"""The file that makes a snapshot whole."""
+
+
+class Shelf(ABC):
+    """A place for snapshots. Whatever cannot be done raises an OSError, of a store a `StoreError`."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The snapshots there are."""
+
+    @abstractmethod
+    def read(self, name: str, file: str) -> bytes:
+        """The content of a small file of a snapshot."""
+
+    @abstractmethod
+    def taken(self, name: str) -> AbstractContextManager[Path]:
+        """A local folder with the files of a snapshot, for the time of a block."""
+
+    @abstractmethod
+    def put(self, name: str, write: Callable[[Path], None]) -> None:
+        """Keep what `write` writes into the folder it is given, MARK among it."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete a snapshot, if it is there."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Delete what killed processes left half written; only while nobody else uses the place."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """See that snapshots can be written here, by writing something."""
+
+
+class FolderShelf(Shelf):
+    """Snapshots in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def names(self) -> list[str]:
+        """The folders in it; one that is damaged is there, too."""
+        return [path.name for path in self.folder.glob("[!.]*")]
+
+    def read(self, name: str, file: str) -> bytes:
+        """The content of a file."""
+        return (self.folder / name / file).read_bytes()
+
+    @contextmanager
+    def taken(self, name: str) -> Iterator[Path]:
+        """The folder itself."""
+        yield self.folder / name
+
+    def put(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write beside the place, to the disk, and rename."""
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+            for path in (*temporary.iterdir(), temporary):
+                _fsync(path)
+            temporary.rename(self.folder / name)
+            _fsync(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Delete a folder."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Delete the folders that were not renamed."""
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def check(self) -> None:
+        """Make the folder, and write a file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".zoray-") as file:
+            file.write(b"zoray\n")
+
+
+class StoreShelf(Shelf):
+    """Snapshots on an object store; this machine keeps copies only for as long as they are written or read."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def names(self) -> list[str]:
+        """What has a MARK."""
+        return [name for name, files in self._all().items() if MARK in files]
+
+    def read(self, name: str, file: str) -> bytes:
+        """The content of an object."""
+        return stores.read(stores.join(self.uri, name, file))
+
+    @contextmanager
+    def taken(self, name: str) -> Iterator[Path]:
+        """A download of it."""
+        with _scratch() as folder:
+            stores.fetch(stores.join(self.uri, name), self._all().get(name, []), folder)
+            yield folder
+
+    def put(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write here, then upload, MARK last."""
+        with _scratch() as folder:
+            write(folder)
+            stores.put(folder, stores.join(self.uri, name), MARK)
+
+    def remove(self, name: str) -> None:
+        """Delete its objects, MARK first."""
+        stores.remove(stores.join(self.uri, name), MARK)
+
+    def sweep(self) -> None:
+        """Delete what has no MARK."""
+        for name, files in self._all().items():
+            if MARK not in files:
+                self.remove(name)
+
+    def check(self) -> None:
+        """Write an object."""
+        stores.check_writable(self.uri)
+
+    def _all(self) -> dict[str, list[str]]:
+        """Names of the files of each snapshot, whole or not."""
+        found: dict[str, list[str]] = {}
+        for path in stores.names(self.uri):
+            name, _, file = path.partition("/")
+            if file:
+                found.setdefault(name, []).append(file)
+        return found
+
+
+def shelf(where: Path | str) -> Shelf:
+    """The shelf at a path or a URI."""
+    return StoreShelf(str(where)) if stores.is_uri(str(where)) else FolderShelf(Path(where))
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    folder = stores.cache_root() / "snapshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        yield Path(made)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
