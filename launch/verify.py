@@ -8,13 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from launch.restore import base_replica, open_run
-from zoray.digest import digest
 from zoray.errors import LedgerError, NumericsError, RunError
 from zoray.identity import check_base
 from zoray.ledger import Ledger
+from zoray.memory.pieces import Pieces
 from zoray.replica import Replica
 from zoray.runs import RunFolder
 from zoray.snapshot import steps
@@ -63,7 +62,8 @@ def _snapshot_digest(place: Path) -> str:
     """Digest of a snapshot's weights; _DAMAGED if they cannot be read, or are not what it says itself."""
     try:
         said = json.loads((place / "snapshot.json").read_text())["digest"]
-        found = f"{digest(load_file(place / 'weights.safetensors').items()):016x}"
+        with Pieces(place) as pieces:
+            found = f"{pieces.whole_digest():016x}"
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return _DAMAGED
     return found if found == said else _DAMAGED

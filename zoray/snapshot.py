@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from zoray.digest import digest
 from zoray.errors import RunError
 from zoray.identity import check_base, header_digest
 from zoray.ledger import Ledger
+from zoray.memory import Memory
+from zoray.memory.pieces import Pieces, write
 from zoray.replica import Replica
 
 _log = logging.getLogger(__name__)
@@ -49,28 +49,36 @@ def save(folder: Path, replica: Replica, head: bytes, run: str, keep: int | None
     Raises:
         OSError: the storage is full or gone.
     """
-    value = replica.digest()
+    memory, value = replica.memory, replica.digest()
     place = folder / f"{_PREFIX}{replica.step}"
-    if place.exists() and digest_of(place) != f"{value:016x}":
+    if memory.rank == 0 and place.exists() and digest_of(place) != f"{value:016x}":
         # One that is damaged, or was written with other weights.
         shutil.rmtree(place)
-    if not place.exists():
-        temporary = folder / f".{place.name}.{os.getpid()}"
-        temporary.mkdir(parents=True)
+    if number := memory.total(os.getpid() if memory.rank == 0 and not place.exists() else 0):
+        temporary = folder / f".{place.name}.{number}"
+        info = SnapshotInfo(replica.step, head.hex(), f"{value:016x}", run)
         try:
-            state = {name: tensor.contiguous().cpu() for name, tensor in replica.memory.state().items()}
-            save_file(state, temporary / "weights.safetensors")
-            info = SnapshotInfo(replica.step, head.hex(), f"{value:016x}", run)
-            (temporary / "snapshot.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
-            for path in (*temporary.iterdir(), temporary):
-                _fsync(path)
-            temporary.rename(place)
-            _fsync(folder)
+            memory.together(lambda: _write(temporary, memory))
+            memory.together(lambda: _publish(temporary, place, info) if memory.rank == 0 else None)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     for old in steps(folder)[:-keep] if keep else []:
         shutil.rmtree(folder / f"{_PREFIX}{old}", ignore_errors=True)
     return value
+
+
+def _write(temporary: Path, memory: Memory) -> None:
+    temporary.mkdir(parents=True, exist_ok=True)
+    _fsync(write(temporary, memory))
+
+
+def _publish(temporary: Path, place: Path, info: SnapshotInfo) -> None:
+    """Put a snapshot whose weights are written in its place."""
+    (temporary / "snapshot.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
+    for path in (temporary / "snapshot.json", temporary):
+        _fsync(path)
+    temporary.rename(place)
+    _fsync(place.parent)
 
 
 def steps(folder: Path) -> list[int]:
@@ -129,9 +137,9 @@ def load_newest(folder: Path, replica: Replica, run: str, known: Mapping[int, by
     Returns:
         The hash of the last commit in it; None if there is none, and then the replica is as it was.
     """
-    for step in reversed(steps(folder)):
-        if replica.step < step and step in known:
-            place = folder / f"{_PREFIX}{step}"
+    for step in sorted(known, reverse=True):
+        place = folder / f"{_PREFIX}{step}"
+        if replica.step < step and replica.memory.total(int(place.exists())):
             try:
                 return _load(place, replica, run, known[step])
             except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
@@ -140,20 +148,25 @@ def load_newest(folder: Path, replica: Replica, run: str, known: Mapping[int, by
 
 
 def _load(place: Path, replica: Replica, run: str, head: bytes) -> bytes:
+    memory = replica.memory
+    info, pieces = memory.together(lambda: _open(place, replica, run, head))
+    with pieces:
+        found = f"{memory.total(memory.together(lambda: pieces.digest(memory.shards()))):016x}"
+        if found != info.digest:
+            raise ValueError(f"its digest is {found}, not {info.digest}")
+        replica.load(pieces, info.step)
+    return head
+
+
+def _open(place: Path, replica: Replica, run: str, head: bytes) -> tuple[SnapshotInfo, Pieces]:
     info = SnapshotInfo(**json.loads((place / "snapshot.json").read_text()))
     if info.run != run:
         raise ValueError("it belongs to another run")
     if info.head != head.hex():
         raise ValueError("it was made with other commits than the ledger has")
-    state = load_file(place / "weights.safetensors")
-    for name, tensor in replica.memory.state().items():
-        if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-            raise ValueError(f"{name} is {state[name].dtype} {tuple(state[name].shape)}")
-    found = f"{digest(state.items()):016x}"
-    if found != info.digest:
-        raise ValueError(f"its digest is {found}, not {info.digest}")
-    replica.load(state, info.step)
-    return head
+    pieces = Pieces(place)
+    pieces.check(replica.layout.specs)
+    return info, pieces
 
 
 def replay(replica: Replica, ledger: Ledger, snapshots: Path | None, step: int | None = None) -> None:

@@ -40,6 +40,11 @@ class Shard:
     values: torch.Tensor
     start: int = 0
 
+    @property
+    def stop(self) -> int:
+        """Index behind the last element."""
+        return self.start + self.values.numel()
+
 
 def apply_commits(
     directions: Directions, shards: Sequence[Shard], commits: Sequence[Commit], block_elements: int = BLOCK_ELEMENTS
@@ -70,7 +75,7 @@ class _Block:
 
 def _blocks(shard: Shard, block_elements: int) -> Iterator[_Block]:
     """Rectangles that tile a flat shard: a first partial row, blocks of whole rows, a last partial row."""
-    spec, position, stop = shard.spec, shard.start, shard.start + shard.values.numel()
+    spec, position, stop = shard.spec, shard.start, shard.stop
     while position < stop:
         row, col = divmod(position, spec.cols)
         if col == 0 and stop - position >= spec.cols and spec.cols <= block_elements:

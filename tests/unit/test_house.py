@@ -19,7 +19,7 @@ PACKAGES = ("zoray", "actors", "launch")
 """A package may import itself and those before it."""
 
 LAYERS = (
-    {"errors", "files"},
+    {"errors", "files", "partitioned"},
     {"schedule", "commits", "layout", "digest", "product", "rounding"},
     {"config"},
     {"directions"},

@@ -88,7 +88,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("zoray.snapshot.save_file", full)
+    monkeypatch.setattr("zoray.memory.pieces.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path / "s", replica(), b"\0" * 32, RUN)
     assert list((tmp_path / "s").iterdir()) == []
