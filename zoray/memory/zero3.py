@@ -1,0 +1,181 @@
+"""Weights partitioned over several processes by DeepSpeed's ZeRO stage 3; the only module that knows DeepSpeed.
+
+Each of R processes holds a flat part of every parameter (see `zoray.partitioned`). DeepSpeed gathers a parameter for
+the time of its module's call, and for no longer: the exact update is made to the parts, and whatever copy of a
+parameter outlived it would be stale. Losses come from gathered parameters, which are the resident ones bit for bit.
+
+Rajbhandari et al. 2020, ZeRO; 2021, ZeRO-Infinity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from zoray.directions import Directions
+from zoray.errors import ResourceError
+from zoray.layout import trainable_parameters
+from zoray.memory.base import Memory
+from zoray.partitioned import own_part
+from zoray.update import Shard
+
+_MASK = (1 << 64) - 1
+_OPTIONS = {
+    # Parameters that DeepSpeed keeps gathered between two forwards would be stale after an update.
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_reuse_distance": 0,
+    # It puts a linear layer with other rounding in the place of torch's, for the whole process.
+    "memory_efficient_linear": False,
+}
+
+
+@contextmanager
+def partitioned_loading(dtype: torch.dtype) -> Iterator[None]:
+    """Models that `from_pretrained` loads in this block are partitioned while they are loaded.
+
+    No process ever holds more of them than its parts and one module. Every process of the world must load the same.
+
+    Args:
+        dtype: of the model, as given to `from_pretrained`.
+
+    Raises:
+        ResourceError: see `Zero3`.
+    """
+    _deepspeed()
+    from transformers.integrations import deepspeed as integration
+
+    hub: Any = integration
+    # transformers keeps no more than a weak reference to it.
+    try:
+        settings = hub.HfDeepSpeedConfig(_settings(dtype))
+    except ImportError as error:
+        raise _missing("accelerate") from error
+    try:
+        yield
+    finally:
+        hub.unset_hf_deepspeed_config()
+        del settings
+
+
+class Zero3(Memory):
+    """A part of the weights, on each process of a torch.distributed world that the caller has made.
+
+    All processes of the world must make the replica, and call its methods, in the same order; their probes must be of
+    batches that take the same path through the model. What is not partitioned yet (adapters, or a model that was not
+    loaded under `partitioned_loading`) is partitioned here, with the values that process 0 has.
+
+    Args:
+        model: the model; it gets DeepSpeed's hooks, for good.
+        directions: the run's directions.
+        options: keys of DeepSpeed's `zero_optimization` to be set otherwise.
+
+    Raises:
+        ResourceError: there is no world, or DeepSpeed is not installed.
+    """
+
+    def __init__(self, model: nn.Module, directions: Directions, **options: object) -> None:
+        super().__init__(directions)
+        _deepspeed()
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self._device = torch.device(get_accelerator().current_device_name())
+        chosen = {**_OPTIONS, **options}
+        # The hooks without the engine around them: that one is for training, has a rule for each dtype on each
+        # device, and a forward of its own.
+        self._hooks: Any = DeepSpeedZeRoOffload(
+            model,
+            None,
+            _settings(next(model.parameters()).dtype, options),
+            param_persistence_threshold=chosen["stage3_param_persistence_threshold"],
+            max_reuse_distance=chosen["stage3_max_reuse_distance"],
+        )
+        for hook in self._hooks.backward_hooks:
+            hook.remove()
+        self._shield()
+        self._parameters = trainable_parameters(model)
+
+    def shards(self) -> Iterator[Shard]:
+        """This process's part of each parameter; empty where there are more processes than elements."""
+        for spec in self.directions.layout.specs:
+            yield Shard(spec, *own_part(self._parameters[spec.name]))
+
+    def total(self, part: int) -> int:
+        """Sum of all processes' parts modulo 2^64: one all-reduce of eight bytes."""
+        signed = (part & _MASK) - (1 << 64 if part & (1 << 63) else 0)
+        total = torch.tensor(signed, dtype=torch.int64, device=self._device)
+        distributed.all_reduce(total)
+        return int(total) & _MASK
+
+    def settle(self) -> None:
+        """Take apart every parameter that is still gathered, also those of a forward that was broken off."""
+        self._hooks.partition_all_parameters()
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Let DeepSpeed note which modules use parameters of others, and gather those for them from then on."""
+        for module in self._hooks.module.modules():
+            module._parameters._in_forward = True
+        try:
+            yield
+        finally:
+            for module in self._hooks.module.modules():
+                module._parameters._in_forward = False
+            self.settle()
+
+    def _shield(self) -> None:
+        """Keep DeepSpeed's own handling of parameters from those who watch what the model does with them."""
+        for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+            setattr(self._hooks, name, _unwatched(getattr(self._hooks, name)))
+
+
+def _unwatched(function: Any) -> Any:
+    def call(module: nn.Module) -> None:
+        with torch._C.DisableTorchFunction():
+            function(module)
+
+    return call
+
+
+def _settings(dtype: torch.dtype, options: dict[str, object] | None = None) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of that dtype."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, **_OPTIONS, **(options or {})},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+
+
+def _deepspeed() -> None:
+    """Import DeepSpeed and tell it of the torch.distributed world that is there."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ResourceError(
+            "Sharded weights need several processes that know of each other, and there are none.",
+            where="torch.distributed",
+            advice="call torch.distributed.init_process_group in each of them first",
+        )
+    # Read when deepspeed is imported and when it looks for the world; whoever has set them knows better.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if "nccl" in distributed.get_backend() else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise _missing("deepspeed") from error
+    # An all-reduce through shared memory that nothing here calls, for which DeepSpeed would start a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def _missing(package: str) -> ResourceError:
+    return ResourceError(
+        f"Sharded weights need {package}, which is not installed.",
+        where="memory",
+        advice="Install it: pip install 'zoray[zero3]'.",
+    )
