@@ -7,7 +7,6 @@ et al. 2020, ZeRO). What a parameter was is written on it by DeepSpeed, so nothi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,9 +34,9 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether all elements are at hand: of a partitioned parameter, whether it is gathered now."""
-    return not is_partitioned(tensor) or tensor.numel() == math.prod(shape_of(tensor))
+def is_gathered(parameter: Any) -> bool:
+    """Whether a partitioned parameter is whole at the moment: gathered, and no longer on its way."""
+    return bool(parameter.ds_status.name == "AVAILABLE")
 
 
 def own_part(tensor: Any) -> Part:
@@ -75,7 +74,7 @@ def kept_whole(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[], None
     finally:
         for parameter in partitioned:
             parameter.ds_active_sub_modules.discard(_HOLDER)
-            if is_whole(parameter) and not parameter.ds_active_sub_modules:
+            if is_gathered(parameter) and not parameter.ds_active_sub_modules:
                 parameter.partition()
 
 

@@ -78,7 +78,7 @@ class Replica:
         """
         signs, head = self._choices
         rows = len(batch["labels"])
-        with self.memory.learning():
+        with self.memory.forwards(first=True):
             verdict = prove(
                 self.model, self.directions, batch, rows, signs=signs, head=head, epsilon=epsilon, loss=self._loss
             )
@@ -101,7 +101,8 @@ class Replica:
         if self._prober is None:
             self.prove(batch, epsilon)
         assert self._prober is not None
-        return self._prober.probe(step, direction, batch, epsilon, microbatch)
+        with self.memory.forwards():
+            return self._prober.probe(step, direction, batch, epsilon, microbatch)
 
     def apply(self, commits: Commit | Sequence[Commit]) -> None:
         """theta <- decay theta - eta sum_k c_k z_k for each commit in order; one already applied is ignored.
@@ -124,7 +125,8 @@ class Replica:
         if self._prober is None:
             self.prove(batch)
         assert self._prober is not None
-        return self._prober.evaluate(batch)
+        with self.memory.forwards():
+            return self._prober.evaluate(batch)
 
     def digest(self) -> int:
         """Digest of the trainable weights: equal on two replicas if and only if they agree (up to 2^-64)."""

@@ -68,9 +68,17 @@ class Memory(ABC):
         """Let go of copies of weights: after this the shards are all there is of them, and may be written to."""
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """For the model's first forwards, in which a memory may have to learn which modules use which parameters."""
-        yield
+    def forwards(self, first: bool = False) -> Iterator[None]:
+        """For forwards of the model: the copies that one which is broken off leaves behind are let go of.
+
+        Args:
+            first: they are the model's first, in which a memory may have to learn which modules use which parameters.
+        """
+        try:
+            yield
+        except BaseException:
+            self.settle()
+            raise
 
     def apply(self, commits: Sequence[Commit]) -> None:
         """Apply consecutive commits in place, to what this process holds."""

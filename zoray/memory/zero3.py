@@ -18,10 +18,10 @@ import torch
 from torch import distributed, nn
 
 from zoray.directions import Directions
-from zoray.errors import ResourceError
+from zoray.errors import ModelError, ResourceError
 from zoray.layout import trainable_parameters
 from zoray.memory.base import Memory
-from zoray.partitioned import own_part
+from zoray.partitioned import own_part, shape_of
 from zoray.update import Shard
 
 _MASK = (1 << 64) - 1
@@ -32,6 +32,8 @@ _OPTIONS = {
     # It puts a linear layer with other rounding in the place of torch's, for the whole process.
     "memory_efficient_linear": False,
 }
+_HOOKS = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size", "max_live_parameters")
+"""Those of DeepSpeed's keys (with `stage3_` before them) that the hooks heed."""
 
 
 @contextmanager
@@ -76,11 +78,19 @@ class Zero3(Memory):
 
     Raises:
         ResourceError: there is no world, or DeepSpeed is not installed.
+        ModelError: a parameter has no dimension.
     """
 
     def __init__(self, model: nn.Module, directions: Directions, **options: object) -> None:
         super().__init__(directions)
         _deepspeed()
+        single = [name for name, parameter in model.named_parameters() if not shape_of(parameter)]
+        if single:
+            raise ModelError(
+                f"Parameter {single[0]!r} is a single number, which ZeRO-3 cannot partition.",
+                where="memory",
+                advice="use resident replicas for this model",
+            )
         from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
@@ -93,8 +103,7 @@ class Zero3(Memory):
             model,
             None,
             _settings(next(model.parameters()).dtype, options),
-            param_persistence_threshold=chosen["stage3_param_persistence_threshold"],
-            max_reuse_distance=chosen["stage3_max_reuse_distance"],
+            **{name: chosen[f"stage3_{name}"] for name in _HOOKS if f"stage3_{name}" in chosen},
         )
         for hook in self._hooks.backward_hooks:
             hook.remove()
@@ -118,16 +127,21 @@ class Zero3(Memory):
         self._hooks.partition_all_parameters()
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Let DeepSpeed note which modules use parameters of others, and gather those for them from then on."""
-        for module in self._hooks.module.modules():
+    def forwards(self, first: bool = False) -> Iterator[None]:
+        """In the first, DeepSpeed notes which modules use parameters of others, to gather those for them from then on.
+
+        The proof's are broken off where a path turns out not to be right, so what they leave is let go of in any case.
+        """
+        for module in self._hooks.module.modules() if first else ():
             module._parameters._in_forward = True
         try:
-            yield
+            with super().forwards(first):
+                yield
         finally:
-            for module in self._hooks.module.modules():
-                module._parameters._in_forward = False
-            self.settle()
+            if first:
+                for module in self._hooks.module.modules():
+                    module._parameters._in_forward = False
+                self.settle()
 
     def _shield(self) -> None:
         """Keep DeepSpeed's own handling of parameters from those who watch what the model does with them."""
