@@ -39,17 +39,31 @@ def is_gathered(parameter: Any) -> bool:
     return bool(parameter.ds_status.name == "AVAILABLE")
 
 
-def own_part(tensor: Any) -> Part:
+@contextmanager
+def own_part(tensor: Any, writing: bool = False) -> Iterator[Part]:
     """The part of a parameter that is this process's own, as a view; all of one that is not partitioned.
 
     The parts of all processes are disjoint and make up the parameter. What lies behind its last element, in the part of
-    the last process, is nobody's.
+    the last process, is nobody's. A part that lies in a file is read for the time of the block.
+
+    Args:
+        tensor: the parameter; a partitioned one must not be gathered, if it is written to.
+        writing: the view may be written to.
     """
     if not is_partitioned(tensor):
-        return Part(tensor.detach().reshape(-1), 0)
+        yield Part(tensor.detach().reshape(-1), 0)
+        return
+    swapper = tensor.nvme_swapper if tensor.ds_tensor.status.name == "NOT_AVAILABLE" else None
+    if swapper is not None:
+        swapper.swap_in([tensor], async_op=False)
     size = tensor.ds_tensor.ds_numel
     start = min(tensor.ds_zero_partition_rank * size, tensor.ds_numel)
-    return Part(tensor.ds_tensor.detach().view(-1)[: min(size, tensor.ds_numel - start)], start)
+    try:
+        yield Part(tensor.ds_tensor.detach().view(-1)[: min(size, tensor.ds_numel - start)], start)
+    finally:
+        if swapper is not None:
+            # The first writes the file and lets go of the buffer, the second only lets go of it.
+            (swapper.swap_out_and_release if writing else swapper.remove_partition_and_release_buffers)([tensor])
 
 
 def holds_buffers(tensors: Iterable[torch.Tensor]) -> bool:

@@ -149,5 +149,9 @@ def base_digest(model: nn.Module) -> int:
     """
     state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     first = holds_buffers(state.values())
-    own = {name: own_part(tensor) for name, tensor in state.items() if first or is_partitioned(tensor)}
-    return sum(tensor_digest(name, *part) for name, part in own.items()) & _MASK
+    total = 0
+    for name, tensor in state.items():
+        if first or is_partitioned(tensor):
+            with own_part(tensor) as part:
+                total += tensor_digest(name, *part)
+    return total & _MASK

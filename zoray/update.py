@@ -8,7 +8,7 @@ blocks, flat shards or groups of commits gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,13 +47,14 @@ class Shard:
 
 
 def apply_commits(
-    directions: Directions, shards: Sequence[Shard], commits: Sequence[Commit], block_elements: int = BLOCK_ELEMENTS
+    directions: Directions, shards: Iterable[Shard], commits: Sequence[Commit], block_elements: int = BLOCK_ELEMENTS
 ) -> None:
     """Apply commits in order, in place: parameter by parameter, all commits of a group for one block at a time.
 
     Args:
         directions: the run's directions.
-        shards: the weights this process holds; float32, bfloat16 or float16.
+        shards: the weights this process holds, gone through once for each group of commits; float32, bfloat16 or
+            float16.
         commits: consecutive commits, the first being the one after the weights' step.
         block_elements: weights per block; any value gives the same bits.
     """

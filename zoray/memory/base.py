@@ -33,17 +33,23 @@ class Memory(ABC):
 
     Attributes:
         rank, size: number of this process among those that hold the replica together, and how many they are.
+        fleeting: whether a shard is gone from memory once the next is asked for.
     """
 
     rank: int = 0
     size: int = 1
+    fleeting: bool = False
 
     def __init__(self, directions: Directions) -> None:
         self.directions = directions
 
     @abstractmethod
-    def shards(self) -> Iterator[Shard]:
-        """What this process holds, parameter by parameter in the order of the layout; views, not copies."""
+    def shards(self, writing: bool = False) -> Iterator[Shard]:
+        """What this process holds, parameter by parameter in the order of the layout; views, not copies.
+
+        Args:
+            writing: the shards will be written to.
+        """
 
     def total(self, part: int) -> int:
         """Sum of all processes' parts modulo 2^64. Each of the replica's processes must call it."""
@@ -83,7 +89,7 @@ class Memory(ABC):
     def apply(self, commits: Sequence[Commit]) -> None:
         """Apply consecutive commits in place, to what this process holds."""
         self.settle()
-        apply_commits(self.directions, list(self.shards()), commits)
+        apply_commits(self.directions, _ToWrite(self), commits)
 
     def digest(self) -> int:
         """Digest (64 bits) of what this process holds; the digest of the replica is the `total` of them."""
@@ -92,5 +98,15 @@ class Memory(ABC):
     def load(self, read: Reader) -> None:
         """Overwrite what this process holds with the same elements of other weights of the same layout."""
         self.settle()
-        for shard in self.shards():
+        for shard in self.shards(writing=True):
             shard.values.copy_(read(shard.spec, shard.start, shard.stop))
+
+
+class _ToWrite:
+    """A memory's shards, to be gone through and written to any number of times."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __iter__(self) -> Iterator[Shard]:
+        return self._memory.shards(writing=True)

@@ -35,13 +35,18 @@ def write(folder: Path, memory: Memory) -> Path:
     """
     if memory.size == 1:
         path = folder / WHOLE
-        save_file({shard.spec.name: shard.values.view(shard.spec.shape).cpu() for shard in memory.shards()}, path)
+        save_file({shard.spec.name: _kept(memory, shard).view(shard.spec.shape) for shard in memory.shards()}, path)
         return path
     path = folder / f"part-{memory.rank}-of-{memory.size}.safetensors"
-    shards = list(memory.shards())
-    starts = {shard.spec.name: shard.start for shard in shards}
-    save_file({shard.spec.name: shard.values.cpu() for shard in shards}, path, {"starts": json.dumps(starts)})
+    values, starts = {}, {}
+    for shard in memory.shards():
+        values[shard.spec.name], starts[shard.spec.name] = _kept(memory, shard), shard.start
+    save_file(values, path, {"starts": json.dumps(starts)})
     return path
+
+
+def _kept(memory: Memory, shard: Shard) -> torch.Tensor:
+    return shard.values.clone() if memory.fleeting else shard.values.cpu()
 
 
 class Pieces:

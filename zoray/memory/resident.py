@@ -29,7 +29,7 @@ class Resident(Memory):
         align(model)
         self._shards = whole(trainable_parameters(model), directions)
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, writing: bool = False) -> Iterator[Shard]:
         """One shard per parameter: all of it."""
         return iter(self._shards)
 

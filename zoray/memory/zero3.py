@@ -10,9 +10,11 @@ Rajbhandari et al. 2020, ZeRO; 2021, ZeRO-Infinity.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import distributed, nn
@@ -32,29 +34,64 @@ _OPTIONS = {
     # It puts a linear layer with other rounding in the place of torch's, for the whole process.
     "memory_efficient_linear": False,
 }
-_HOOKS = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size", "max_live_parameters")
-"""Those of DeepSpeed's keys (with `stage3_` before them) that the hooks heed."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Where the parts lie, and what else DeepSpeed is told.
+
+    Attributes:
+        offload: "none", where the model computes; "cpu", in the host's memory; "nvme", in files, but for parts of less
+            than 1 MiB, which lie in the host's memory.
+        folder: for those files; no two replicas may have the same.
+        buffer: weights of the largest part; five such buffers in the host's memory serve "nvme".
+        options: keys of DeepSpeed's `zero_optimization` to be set otherwise.
+    """
+
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    folder: Path | None = None
+    buffer: int = 100_000_000
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def settings(self, dtype: torch.dtype) -> dict[str, Any]:
+        """DeepSpeed's configuration for a model of that dtype."""
+        place: dict[str, object] = {}
+        if self.offload != "none":
+            place = {"device": self.offload, "pin_memory": torch.cuda.is_available()}
+        if self.offload == "nvme":
+            place |= {"nvme_path": str(self.folder), "buffer_size": self.buffer}
+        stage = {"stage": 3, **_OPTIONS, **({"offload_param": place} if place else {}), **self.options}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": stage,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        }
+
+
+_DEFAULT = Sharding()
 
 
 @contextmanager
-def partitioned_loading(dtype: torch.dtype) -> Iterator[None]:
+def partitioned_loading(dtype: torch.dtype, sharding: Sharding = _DEFAULT) -> Iterator[None]:
     """Models that `from_pretrained` loads in this block are partitioned while they are loaded.
 
     No process ever holds more of them than its parts and one module. Every process of the world must load the same.
 
     Args:
         dtype: of the model, as given to `from_pretrained`.
+        sharding: as given to `Zero3`.
 
     Raises:
         ResourceError: see `Zero3`.
     """
-    _deepspeed()
+    _deepspeed(sharding)
     from transformers.integrations import deepspeed as integration
 
     hub: Any = integration
     # transformers keeps no more than a weak reference to it.
     try:
-        settings = hub.HfDeepSpeedConfig(_settings(dtype))
+        settings = hub.HfDeepSpeedConfig(sharding.settings(dtype))
     except ImportError as error:
         raise _missing("accelerate") from error
     try:
@@ -74,16 +111,16 @@ class Zero3(Memory):
     Args:
         model: the model; it gets DeepSpeed's hooks, for good.
         directions: the run's directions.
-        options: keys of DeepSpeed's `zero_optimization` to be set otherwise.
+        sharding: where the parts lie; what the model was loaded with, if it was loaded in partitions.
 
     Raises:
-        ResourceError: there is no world, or DeepSpeed is not installed.
+        ResourceError: there is no world, or DeepSpeed is not installed, or cannot use files.
         ModelError: a parameter has no dimension.
     """
 
-    def __init__(self, model: nn.Module, directions: Directions, **options: object) -> None:
+    def __init__(self, model: nn.Module, directions: Directions, sharding: Sharding = _DEFAULT) -> None:
         super().__init__(directions)
-        _deepspeed()
+        _deepspeed(sharding)
         single = [name for name, parameter in model.named_parameters() if not shape_of(parameter)]
         if single:
             raise ModelError(
@@ -92,28 +129,36 @@ class Zero3(Memory):
                 advice="use resident replicas for this model",
             )
         from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.fleeting = sharding.offload == "nvme"
         self._device = torch.device(get_accelerator().current_device_name())
-        chosen = {**_OPTIONS, **options}
+        settings = sharding.settings(next(model.parameters()).dtype)
+        stage = DeepSpeedZeroConfig(**settings["zero_optimization"])
         # The hooks without the engine around them: that one is for training, has a rule for each dtype on each
         # device, and a forward of its own.
         self._hooks: Any = DeepSpeedZeRoOffload(
             model,
             None,
-            _settings(next(model.parameters()).dtype, options),
-            **{name: chosen[f"stage3_{name}"] for name in _HOOKS if f"stage3_{name}" in chosen},
+            settings,
+            offload_param_config=stage.offload_param,
+            prefetch_bucket_size=stage.prefetch_bucket_size,
+            max_reuse_distance=stage.max_reuse_distance,
+            max_live_parameters=stage.max_live_parameters,
+            param_persistence_threshold=stage.param_persistence_threshold,
         )
         for hook in self._hooks.backward_hooks:
             hook.remove()
         self._shield()
         self._parameters = trainable_parameters(model)
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, writing: bool = False) -> Iterator[Shard]:
         """This process's part of each parameter; empty where there are more processes than elements."""
         for spec in self.directions.layout.specs:
-            yield Shard(spec, *own_part(self._parameters[spec.name]))
+            with own_part(self._parameters[spec.name], writing) as part:
+                yield Shard(spec, *part)
 
     def total(self, part: int) -> int:
         """Sum of all processes' parts modulo 2^64: one all-reduce of eight bytes."""
@@ -157,17 +202,7 @@ def _unwatched(function: Any) -> Any:
     return call
 
 
-def _settings(dtype: torch.dtype, options: dict[str, object] | None = None) -> dict[str, Any]:
-    """DeepSpeed's configuration for a model of that dtype."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, **_OPTIONS, **(options or {})},
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-    }
-
-
-def _deepspeed() -> None:
+def _deepspeed(sharding: Sharding) -> None:
     """Import DeepSpeed and tell it of the torch.distributed world that is there."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise ResourceError(
@@ -185,6 +220,15 @@ def _deepspeed() -> None:
     # An all-reduce through shared memory that nothing here calls, for which DeepSpeed would start a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+    if sharding.offload == "nvme":
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ResourceError(
+                "Weights in files need DeepSpeed's asynchronous input and output, which cannot be built here.",
+                where="memory",
+                advice="install libaio with its headers (Debian: libaio-dev) and a C++ compiler",
+            )
 
 
 def _missing(package: str) -> ResourceError:
