@@ -24,9 +24,11 @@ from torch.utils import cpp_extension
 
 from tests.unit.bytes import Peak
 from tests.unit.helpers import bits, commit_of
+from tests.unit.test_probe import Widths
 from zoray.aggregate import commit
 from zoray.config import RunConfig
 from zoray.directions import Directions
+from zoray.errors import ModelError
 from zoray.memory import Memory, Resident, pieces
 from zoray.memory.zero3 import Sharding, Zero3, partitioned_loading
 from zoray.models import load_model
@@ -212,12 +214,31 @@ def every_path(world: World) -> None:
     relative = Replica(loaded(world.models / "mpnet", "float32", num_labels=3), 7)
     _steps(world, world.replica(world.load("mpnet", num_labels=3)), relative, classes=True)
     assert relative.verdict is not None and not relative.verdict.batched
+    _a_batch_of_another_shape(world)
     keys: dict[str, Any] = {"trainable": {"lora": {"r": 2, "target_modules": ["c_attn"]}}}
     for each in (keys, {"num_labels": 3, "trainable": "score|attn"}):
         twin = Replica(loaded(world.models / "gpt2", "float32", **each), 7)
         sharded = world.replica(world.load("gpt2", **each))
         assert_same(world, sharded, twin)
         _steps(world, sharded, twin, classes="num_labels" in each)
+
+
+def _a_batch_of_another_shape(world: World) -> None:
+    """A batch that rules out the path that was proved is refused where processes depend on each other."""
+    resident, sharded = Replica(Widths(), 7), world.replica(Widths())
+    short, long = ({**batch_of(0, length=n, classes=True), "input_ids": torch.ones(3, n).long()} for n in (5, 8))
+    for batch in (short, long):
+        del batch["attention_mask"]
+    assert sharded.prove(short) == resident.prove(short)
+    expected = resident.probe(0, 0, short, 1e-3)
+    assert sharded.probe(0, 0, short, 1e-3) == expected
+    if world.backend != "resident":
+        try:
+            sharded.probe(0, 0, long, 1e-3)
+            raise AssertionError("it was taken in two forwards")
+        except ModelError as error:
+            assert "places is given a tensor without rows" in error.what and error.advice == "set signs: sequential"
+    assert sharded.probe(0, 0, short, 1e-3) == expected
 
 
 def snapshots(world: World) -> None:
