@@ -22,7 +22,7 @@ import torch
 from torch import distributed, nn
 from torch.utils import cpp_extension
 
-from tests.unit.bytes import Peak
+from benchmarks.bytes import Peak
 from tests.unit.helpers import bits, commit_of
 from tests.unit.test_probe import Widths
 from zoray.aggregate import commit
@@ -316,8 +316,8 @@ TRAPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # name: (model, DeepSpeed's options, the replica's)
     "persisted": ("gpt2", {"stage3_param_persistence_threshold": 10**9}, {}),
     "reused": ("gpt2", {"stage3_max_reuse_distance": 10**9}, {"head": "full"}),
-    "tied": ("gpt2", {}, {"head": "full"}),
-    "prefetched": ("llama", {}, {}),
+    "tied": ("gpt2", {"stage3_prefetch_bucket_size": 10**8}, {"head": "full"}),
+    "prefetched": ("llama", {"stage3_prefetch_bucket_size": 10**8}, {}),
 }
 
 
@@ -356,7 +356,7 @@ def peak(world: World) -> None:
     with Peak() as loading:
         model = world.load("deep")
     with Peak() as stepping:
-        sharded = world.replica(model, stage3_prefetch_bucket_size=0)
+        sharded = world.replica(model)
         sharded.apply(commit(0, [sharded.probe(0, 0, batch, 1e-3)], learning_rate=1e-3))
         sharded.probe(1, 0, batch, 1e-3)
         sharded.digest()

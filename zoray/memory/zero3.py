@@ -9,6 +9,7 @@ Rajbhandari et al. 2020, ZeRO; 2021, ZeRO-Infinity.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _OPTIONS = {
     # Parameters that DeepSpeed keeps gathered between two forwards would be stale after an update.
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
+    # Besides a process's parts there is one module, unless it is asked to trade memory for speed.
+    "stage3_prefetch_bucket_size": 0,
     # It puts a linear layer with other rounding in the place of torch's, for the whole process.
     "memory_efficient_linear": False,
 }
@@ -99,6 +102,8 @@ def partitioned_loading(dtype: torch.dtype, sharding: Sharding = _DEFAULT) -> It
     finally:
         hub.unset_hf_deepspeed_config()
         del settings
+        # A partitioned parameter refers to itself, so one that was tied to another would stay.
+        gc.collect()
 
 
 class Zero3(Memory):
