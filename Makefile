@@ -21,7 +21,7 @@ help: ## this list
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,lora,plot,minilm,tensorboard]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,lora,zero3,plot,minilm,tensorboard]"
 	@touch $@
 
 quickstart: .venv/.stamp ## fine-tune a real model on real text, about three minutes on two cores

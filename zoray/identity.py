@@ -13,7 +13,7 @@ from zoray import __version__
 from zoray.config import RunConfig, mathematics
 from zoray.errors import LedgerError, RunError
 from zoray.proof import Verdict
-from zoray.replica import Replica, base_digest
+from zoray.replica import Replica
 from zoray.tasks import Task
 
 LEDGER_FORMAT = 1
@@ -69,7 +69,7 @@ class Identity:
 def identify(replica: Replica, data: str, config: RunConfig) -> Identity:
     """The identity of a replica at step 0 whose paths have been proved."""
     assert replica.verdict is not None
-    base, layout = f"{base_digest(replica.model):016x}", replica.layout.identity
+    base, layout = f"{replica.base_digest():016x}", replica.layout.identity
     return Identity(__version__, code_digest(), config_digest(config), base, layout, data, replica.verdict)
 
 
@@ -138,7 +138,7 @@ def check_base(header: dict[str, Any], replica: Replica, where: str) -> None:
     Raises:
         LedgerError: the weights or the parameters are not those the run began with.
     """
-    found = {"base": f"{base_digest(replica.model):016x}", "layout": replica.layout.identity}
+    found = {"base": f"{replica.base_digest():016x}", "layout": replica.layout.identity}
     for field, value in found.items():
         if header["identity"][field] != value:
             raise LedgerError(

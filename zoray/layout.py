@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from zoray.errors import ConfigError, ModelError
+from zoray.partitioned import shape_of
 
 DirectionKind = Literal["rank", "rademacher", "gaussian"]
 
@@ -103,13 +104,14 @@ def make_layout(parameters: Mapping[str, torch.Tensor], kind: DirectionKind = "r
                 f"Parameter {name!r} is {tensor.dtype}; only float32, bfloat16 and float16 can be trained.",
                 advice="choose another dtype, or leave this parameter out of `trainable`",
             )
-        rows, cols = matrix_view(tuple(tensor.shape))
+        shape = shape_of(tensor)
+        rows, cols = matrix_view(shape)
         factored = kind == "rank" and rank * (rows + cols) < rows * cols
         if not factored:
-            rows, cols = 1, tensor.numel()
+            rows, cols = 1, math.prod(shape)
         spec = ParamSpec(
             name=name,
-            shape=tuple(tensor.shape),
+            shape=shape,
             dtype=str(tensor.dtype).removeprefix("torch."),
             rows=rows,
             cols=cols,

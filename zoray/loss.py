@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from zoray.errors import DataError, ModelError
+from zoray.partitioned import kept_whole
 from zoray.perturb.context import Active
 from zoray.perturb.engine import replaced_forward
 from zoray.perturb.linear import LinearLayer
@@ -105,9 +106,15 @@ class ModelLoss:
         if not self.chunked or labels.dim() != 2 or self.head is None:
             return self.from_logits(self.logits(batch), labels)
         head = self.head if layer is None else layer
-        with replaced_forward(head.module, _identity):
-            hidden = self.logits(batch)
-        return self._chunked(hidden, labels, active, head)
+        with kept_whole(head.module.parameters(recurse=False)) as keep:
+
+            def passing(hidden: torch.Tensor) -> torch.Tensor:
+                keep()
+                return hidden
+
+            with replaced_forward(head.module, passing):
+                hidden = self.logits(batch)
+            return self._chunked(hidden, labels, active, head)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """The model's logits: (rows, classes) or (rows, T, vocabulary)."""
@@ -180,10 +187,6 @@ def _sliced_cross_entropy(
 
 def _by_row(losses: torch.Tensor, labels: torch.Tensor) -> RowLosses:
     return RowLosses(losses.sum(-1), (labels != IGNORED).sum(-1))
-
-
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
 
 
 def _innermost(model: nn.Module) -> nn.Module:

@@ -13,7 +13,9 @@ import torch
 
 from zoray.aggregate import ProbeResult
 from zoray.directions import Directions
+from zoray.errors import ModelError
 from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled
+from zoray.partitioned import is_partitioned
 from zoray.perturb import Active, Engine, NotBatchable, Signs
 from zoray.proof import Verdict, head_layer
 
@@ -33,6 +35,7 @@ class Prober:
         self.directions, self.verdict = directions, verdict
         self.engine = Engine(model, directions.layout, frozenset(verdict.strays), verdict.rows)
         self._loss = _bind(model, self.engine, verdict, loss)
+        self._partitioned = any(map(is_partitioned, model.parameters()))
         self._warned: set[object] = set()
 
     def losses(self, step: int, index: int, batch: Batch, epsilon: float) -> tuple[float, float]:
@@ -48,6 +51,7 @@ class Prober:
                     losses = self._run(step, index, doubled(batch, rows), epsilon, Signs.BOTH, 2 * rows)
                     return losses.mean(slice(0, rows)), losses.mean(slice(rows, None))
                 except NotBatchable as fault:
+                    self._refuse_alone(batch, fault)
                     self._warn(batch, fault)
             plus = self._run(step, index, batch, epsilon, Signs.PLUS, rows)
             minus = self._run(step, index, batch, epsilon, Signs.MINUS, rows)
@@ -63,6 +67,17 @@ class Prober:
         """Row losses at the unperturbed weights."""
         with torch.no_grad():
             return self._loss(batch, None)
+
+    def _refuse_alone(self, batch: Batch, fault: NotBatchable) -> None:
+        """Raises ModelError if other processes hold parts of the weights: they would wait for this forward's rest."""
+        if self._partitioned:
+            shapes = {name: tuple(tensor.shape) for name, tensor in sorted(batch.items())}
+            raise ModelError(
+                f"A batch of shapes {shapes} needs two forwards per probe: {fault}. Sharded replicas cannot change to "
+                f"that for one batch.",
+                where="signs",
+                advice="set signs: sequential",
+            )
 
     def _warn(self, batch: Batch, fault: NotBatchable) -> None:
         """Say, once for each shape, that a batch takes the slower path."""

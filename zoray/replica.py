@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from zoray.aggregate import ProbeResult
 from zoray.commits import Commit
-from zoray.digest import digest
+from zoray.digest import tensor_digest
 from zoray.directions import Directions
 from zoray.errors import NumericsError
 from zoray.layout import DirectionKind, make_layout, trainable_parameters
 from zoray.loss import Batch, LossFunction, RowLosses
-from zoray.memory import Resident
+from zoray.memory import Memory, Resident
+from zoray.memory.base import Reader
+from zoray.partitioned import holds_buffers, is_partitioned, own_part
 from zoray.probe import Prober
 from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
+
+_MASK = (1 << 64) - 1
 
 
 class Replica:
@@ -37,6 +41,9 @@ class Replica:
         signs: both signs in one forward ("batched"), in two ("sequential"), or as proved on the first batch ("auto").
         head: the language-model head in slices of the vocabulary ("chunked"), whole ("full"), or as proved ("auto").
         loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
+        memory: what holds the weights, made of the model and the run's directions. With `zoray.memory.zero3.Zero3` each
+            of several processes holds a part of them; all of them must then call the same methods in the same order,
+            but for `probe`'s address and batch, of which each has its own.
 
     Raises:
         ModelError: nothing to train, or a parameter that cannot be trained.
@@ -52,11 +59,12 @@ class Replica:
         signs: SignsChoice = "auto",
         head: HeadChoice = "auto",
         loss: LossFunction | None = None,
+        memory: Callable[[nn.Module, Directions], Memory] = Resident,
     ) -> None:
         self.model = model.eval()
         self.layout = make_layout(trainable_parameters(model), direction, rank)
         self.directions = Directions(self.layout, run_seed)
-        self.memory = Resident(model, self.directions)
+        self.memory = memory(model, self.directions)
         self.step = 0
         self._choices: tuple[SignsChoice, HeadChoice] = (signs, head)
         self._loss = loss
@@ -70,9 +78,10 @@ class Replica:
         """
         signs, head = self._choices
         rows = len(batch["labels"])
-        verdict = prove(
-            self.model, self.directions, batch, rows, signs=signs, head=head, epsilon=epsilon, loss=self._loss
-        )
+        with self.memory.forwards(first=True):
+            verdict = prove(
+                self.model, self.directions, batch, rows, signs=signs, head=head, epsilon=epsilon, loss=self._loss
+            )
         self._prober = Prober(self.model, self.directions, verdict, self._loss)
         return verdict
 
@@ -92,7 +101,8 @@ class Replica:
         if self._prober is None:
             self.prove(batch, epsilon)
         assert self._prober is not None
-        return self._prober.probe(step, direction, batch, epsilon, microbatch)
+        with self.memory.forwards():
+            return self._prober.probe(step, direction, batch, epsilon, microbatch)
 
     def apply(self, commits: Commit | Sequence[Commit]) -> None:
         """theta <- decay theta - eta sum_k c_k z_k for each commit in order; one already applied is ignored.
@@ -115,18 +125,33 @@ class Replica:
         if self._prober is None:
             self.prove(batch)
         assert self._prober is not None
-        return self._prober.evaluate(batch)
+        with self.memory.forwards():
+            return self._prober.evaluate(batch)
 
     def digest(self) -> int:
         """Digest of the trainable weights: equal on two replicas if and only if they agree (up to 2^-64)."""
-        return self.memory.digest()
+        return self.memory.total(self.memory.digest())
 
-    def load(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+    def base_digest(self) -> int:
+        """Digest of everything the model computes with now, trained or not (see `base_digest`)."""
+        return self.memory.total(base_digest(self.model))
+
+    def load(self, read: Reader, step: int) -> None:
         """Jump to the weights of a snapshot at `step`."""
-        self.memory.load(state)
+        self.memory.load(read)
         self.step = step
 
 
 def base_digest(model: nn.Module) -> int:
-    """Digest of everything the model computes with, trained or not: its parameters and persistent buffers."""
-    return digest(sorted(model.state_dict().items()))
+    """Digest of everything the model computes with, trained or not: its parameters and persistent buffers.
+
+    Of a partitioned model it is the part of this process; the parts add up modulo 2^64.
+    """
+    state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    first = holds_buffers(state.values())
+    total = 0
+    for name, tensor in state.items():
+        if first or is_partitioned(tensor):
+            with own_part(tensor) as part:
+                total += tensor_digest(name, *part)
+    return total & _MASK

@@ -36,8 +36,22 @@ class Shelf(ABC):
         """A local folder with the files of a snapshot, for the time of a block."""
 
     @abstractmethod
-    def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Keep what `write` writes into the folder it is given, MARK among it."""
+    def add(self, name: str, number: int, write: Callable[[Path], Path]) -> None:
+        """Keep a file of a new snapshot.
+
+        Args:
+            name: of the snapshot.
+            number: the same for all processes that write files of it.
+            write: makes a file in the folder it is given, and returns it.
+        """
+
+    @abstractmethod
+    def finish(self, name: str, number: int, mark: bytes) -> None:
+        """Make a snapshot whole whose other files were all added: `mark` is the content of MARK."""
+
+    @abstractmethod
+    def discard(self, name: str, number: int) -> None:
+        """Forget what was added and not finished."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -71,18 +85,27 @@ class FolderShelf(Shelf):
         """The folder itself."""
         yield self.folder / name
 
-    def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write beside the place, to the disk, and rename."""
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        temporary.mkdir(parents=True)
-        try:
-            write(temporary)
-            for path in (*temporary.iterdir(), temporary):
-                _fsync(path)
-            temporary.rename(self.folder / name)
-            _fsync(self.folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    def add(self, name: str, number: int, write: Callable[[Path], Path]) -> None:
+        """Write beside the place, to the disk."""
+        temporary = self._temporary(name, number)
+        temporary.mkdir(parents=True, exist_ok=True)
+        _fsync(write(temporary))
+
+    def finish(self, name: str, number: int, mark: bytes) -> None:
+        """Rename into the place."""
+        temporary = self._temporary(name, number)
+        (temporary / MARK).write_bytes(mark)
+        for path in (temporary / MARK, temporary):
+            _fsync(path)
+        temporary.rename(self.folder / name)
+        _fsync(self.folder)
+
+    def discard(self, name: str, number: int) -> None:
+        """Delete what is beside the place."""
+        shutil.rmtree(self._temporary(name, number), ignore_errors=True)
+
+    def _temporary(self, name: str, number: int) -> Path:
+        return self.folder / f".{name}.{number}"
 
     def remove(self, name: str) -> None:
         """Delete a folder."""
@@ -121,11 +144,20 @@ class StoreShelf(Shelf):
             stores.fetch(stores.join(self.uri, name), self._all().get(name, []), folder)
             yield folder
 
-    def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write here, then upload, MARK last."""
+    def add(self, name: str, number: int, write: Callable[[Path], Path]) -> None:
+        """Write here, then upload."""
         with _scratch() as folder:
-            write(folder)
+            made = write(folder)
+            stores.put(folder, stores.join(self.uri, name), made.name)
+
+    def finish(self, name: str, number: int, mark: bytes) -> None:
+        """Upload MARK."""
+        with _scratch() as folder:
+            (folder / MARK).write_bytes(mark)
             stores.put(folder, stores.join(self.uri, name), MARK)
+
+    def discard(self, name: str, number: int) -> None:
+        """Leave it to `sweep`: what has no MARK is not there."""
 
     def remove(self, name: str) -> None:
         """Delete its objects, MARK first."""

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from zoray.digest import digest
 from zoray.errors import RunError
 from zoray.identity import check_base, header_digest
 from zoray.ledger import Ledger
+from zoray.memory.pieces import Pieces, write
 from zoray.replica import Replica
 from zoray.shelf import MARK, Shelf, shelf
 from zoray.stores import StoreError, shown
 
 _log = logging.getLogger(__name__)
 _PREFIX = "step-"
-_WEIGHTS = "weights.safetensors"
 _AT_ONCE = 8
 
 Where = Path | str
@@ -55,24 +55,31 @@ def save(folder: Where, replica: Replica, head: bytes, run: str, keep: int | Non
     Raises:
         OSError: the storage is full or gone.
     """
-    value, place, name = replica.digest(), shelf(folder), f"{_PREFIX}{replica.step}"
-    known = place.names()
-    if name in known and _digest_of(place, name) != f"{value:016x}":
-        # One that is damaged, or was written with other weights.
-        place.remove(name)
-        known.remove(name)
-    if name not in known:
+    memory, value = replica.memory, replica.digest()
+    place, name = shelf(folder), f"{_PREFIX}{replica.step}"
+    missing = memory.together(lambda: memory.rank == 0 and _is_missing(place, name, value))
+    if number := memory.total(os.getpid() if missing else 0):
         info = SnapshotInfo(replica.step, head.hex(), f"{value:016x}", run)
-
-        def write(temporary: Path) -> None:
-            state = {name: tensor.contiguous().cpu() for name, tensor in replica.memory.state().items()}
-            save_file(state, temporary / _WEIGHTS)
-            (temporary / MARK).write_text(json.dumps(asdict(info), indent=1) + "\n")
-
-        place.put(name, write)
-    for old in steps(folder)[:-keep] if keep else []:
-        place.remove(f"{_PREFIX}{old}")
+        mark = (json.dumps(asdict(info), indent=1) + "\n").encode()
+        try:
+            memory.together(lambda: place.add(name, number, lambda made: write(made, memory)))
+            memory.together(lambda: place.finish(name, number, mark) if memory.rank == 0 else None)
+        finally:
+            place.discard(name, number)
+    if keep and memory.rank == 0:
+        for old in steps(folder)[:-keep]:
+            place.remove(f"{_PREFIX}{old}")
     return value
+
+
+def _is_missing(place: Shelf, name: str, value: int) -> bool:
+    """Whether there is no such snapshot; one that is damaged, or was written with other weights, is deleted."""
+    if name not in place.names():
+        return True
+    if _digest_of(place, name) == f"{value:016x}":
+        return False
+    place.remove(name)
+    return True
 
 
 def steps(folder: Where) -> list[int]:
@@ -115,7 +122,8 @@ def weights_digest(folder: Where, step: int) -> str | None:
     try:
         with shelf(folder).taken(name) as place:
             said = json.loads((place / MARK).read_text())["digest"]
-            found = f"{digest(load_file(place / _WEIGHTS).items()):016x}"
+            with Pieces(place) as pieces:
+                found = f"{pieces.whole_digest():016x}"
     except StoreError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
@@ -191,21 +199,28 @@ def load_newest(folder: Where, replica: Replica, run: str, known: Mapping[int, b
 
 
 def _load(place: Shelf, name: str, replica: Replica, run: str, head: bytes) -> bytes:
+    memory = replica.memory
+    with ExitStack() as opened:
+        info, pieces = memory.together(lambda: _open(opened, place, name, replica, run, head))
+        found = f"{memory.total(memory.together(lambda: pieces.digest(memory.shards()))):016x}"
+        if found != info.digest:
+            raise ValueError(f"its digest is {found}, not {info.digest}")
+        replica.load(pieces, info.step)
+    return head
+
+
+def _open(
+    opened: ExitStack, place: Shelf, name: str, replica: Replica, run: str, head: bytes
+) -> tuple[SnapshotInfo, Pieces]:
+    """What a snapshot says of itself and its weights, which are there until `opened` is left."""
     info = SnapshotInfo(**json.loads(place.read(name, MARK)))
     if info.run != run:
         raise ValueError("it belongs to another run")
     if info.head != head.hex():
         raise ValueError("it was made with other commits than the ledger has")
-    with place.taken(name) as files:
-        state = load_file(files / _WEIGHTS)
-        for key, tensor in replica.memory.state().items():
-            if state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
-                raise ValueError(f"{key} is {state[key].dtype} {tuple(state[key].shape)}")
-        found = f"{digest(state.items()):016x}"
-        if found != info.digest:
-            raise ValueError(f"its digest is {found}, not {info.digest}")
-        replica.load(state, info.step)
-    return head
+    pieces = opened.enter_context(Pieces(opened.enter_context(place.taken(name))))
+    pieces.check(replica.layout.specs)
+    return info, pieces
 
 
 def replay(replica: Replica, ledger: Ledger, snapshots: Where | None, step: int | None = None) -> None:

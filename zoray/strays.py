@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from zoray.directions import Directions
 from zoray.errors import ModelError
 from zoray.loss import Batch, LossFunction, ModelLoss
+from zoray.partitioned import is_partitioned
 from zoray.perturb.context import Active, Signs
 from zoray.perturb.engine import Engine, replaced_forward
 from zoray.perturb.swap import SwappedModule
@@ -40,8 +41,9 @@ def find_strays(
     active = Active(directions, 0, 0, epsilon, Signs.PLUS, rows)
     first = _watched(Engine(model, directions.layout), active, batch, loss)
     kept = list(first.kept)
-    if first.strays and not kept:
-        # Whoever still uses an original while it is swapped out of the model has a reference of its own.
+    if first.strays and not kept and not any(map(is_partitioned, model.parameters())):
+        # Whoever still uses an original while it is swapped out of the model has a reference of its own. A partitioned
+        # parameter is given other values in its place, which such a reference sees too.
         second = _watched(Engine(model, directions.layout, frozenset(first.strays)), active, batch, loss)
         kept = [*second.kept, *sorted(second.strays)]
     if kept:

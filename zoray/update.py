@@ -8,7 +8,7 @@ blocks, flat shards or groups of commits gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,15 +40,21 @@ class Shard:
     values: torch.Tensor
     start: int = 0
 
+    @property
+    def stop(self) -> int:
+        """Index behind the last element."""
+        return self.start + self.values.numel()
+
 
 def apply_commits(
-    directions: Directions, shards: Sequence[Shard], commits: Sequence[Commit], block_elements: int = BLOCK_ELEMENTS
+    directions: Directions, shards: Iterable[Shard], commits: Sequence[Commit], block_elements: int = BLOCK_ELEMENTS
 ) -> None:
     """Apply commits in order, in place: parameter by parameter, all commits of a group for one block at a time.
 
     Args:
         directions: the run's directions.
-        shards: the weights this process holds; float32, bfloat16 or float16.
+        shards: the weights this process holds, gone through once for each group of commits; float32, bfloat16 or
+            float16.
         commits: consecutive commits, the first being the one after the weights' step.
         block_elements: weights per block; any value gives the same bits.
     """
@@ -70,7 +76,7 @@ class _Block:
 
 def _blocks(shard: Shard, block_elements: int) -> Iterator[_Block]:
     """Rectangles that tile a flat shard: a first partial row, blocks of whole rows, a last partial row."""
-    spec, position, stop = shard.spec, shard.start, shard.start + shard.values.numel()
+    spec, position, stop = shard.spec, shard.start, shard.stop
     while position < stop:
         row, col = divmod(position, spec.cols)
         if col == 0 and stop - position >= spec.cols and spec.cols <= block_elements:

@@ -37,7 +37,7 @@ class WarmReplica:
         """Change one bit of one weight, as a cosmic ray would."""
         import torch
 
-        weights = next(iter(self.actor.replica.memory.state().values())).view(-1).view(torch.int32)
+        weights = next(self.actor.replica.memory.shards()).values.view(torch.int32)
         weights[0] ^= 1 << 21
 
 

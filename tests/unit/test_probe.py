@@ -114,11 +114,11 @@ def test_the_direction_that_perturbs_is_the_one_that_updates(signs: str, kind: s
             z = {spec.name: replica.directions.dense((step, index), spec) for spec in replica.layout.specs}
             slope = float((weight * z["weight"]).sum() + (bias * z["bias"]).sum())
             assert replica.probe(step, index, batch, 0.1).projected_gradient == pytest.approx(slope, rel=1e-4, abs=1e-4)
-        before = {name: tensor.clone() for name, tensor in replica.memory.state().items()}
+        before = {shard.spec.name: shard.values.clone() for shard in replica.memory.shards()}
         replica.apply(commit_of(step, [0, 5, 0], eta=2.0**-4))
-        for spec in replica.layout.specs:
-            z = replica.directions.dense((step, 1), spec)
-            torch.testing.assert_close(before[spec.name] - replica.memory.state()[spec.name], 5 * 2.0**-4 * z)
+        for shard in replica.memory.shards():
+            z = replica.directions.dense((step, 1), shard.spec).view(-1)
+            torch.testing.assert_close(before[shard.spec.name] - shard.values, 5 * 2.0**-4 * z)
 
 
 class Widths(nn.Module):

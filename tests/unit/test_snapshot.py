@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.unit.helpers import bits
@@ -89,7 +92,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("zoray.snapshot.save_file", full)
+    monkeypatch.setattr("zoray.memory.pieces.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path / "s", replica(), b"\0" * 32, RUN)
     assert list((tmp_path / "s").iterdir()) == []
@@ -132,6 +135,45 @@ def test_a_damaged_one_is_passed_over_with_a_warning(
     assert one.step == 2
     assert one.digest() == at(ledger, 2).digest()
     assert "step-4 of" in caplog.text
+
+
+def cut(place: Path, *starts: int, last: int = 5) -> None:
+    """The weights in files of so many processes, whose parts of every parameter begin at these elements."""
+    whole = load_file(place / "weights.safetensors")
+    (place / "weights.safetensors").unlink()
+    for rank, (start, stop) in enumerate(itertools.pairwise((*starts, last))):
+        values = {
+            name: tensor.view(-1)[start : None if stop == last else stop].clone() for name, tensor in whole.items()
+        }
+        note = {"starts": json.dumps(dict.fromkeys(values, start))}
+        save_file(values, place / f"part-{rank}-of-{len(starts)}.safetensors", note)
+
+
+PARTS: dict[str, Callable[[Path], object]] = {
+    "one is missing": lambda place: (place / "part-1-of-3.safetensors").unlink(),
+    "the last is missing": lambda place: (place / "part-2-of-3.safetensors").unlink(),
+    "one is another": lambda place: shutil.copy(place / "part-0-of-3.safetensors", place / "part-1-of-3.safetensors"),
+    "one is cut": lambda place: (place / "part-0-of-3.safetensors").write_bytes(b"{}"),
+}
+
+
+@pytest.mark.parametrize("damage", PARTS.values(), ids=PARTS)
+def test_parts_are_read_if_all_are_there(
+    tmp_path: Path, ledger: Ledger, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
+) -> None:
+    saved(ledger, tmp_path / "s", 2, 4)
+    known = usable(found(tmp_path / "s"), ledger)
+    for step in (2, 4):
+        cut(tmp_path / "s" / f"step-{step}", 0, 1, 3)
+    good = replica()
+    load_newest(tmp_path / "s", good, header_digest(ledger.header), known)
+    assert good.digest() == at(ledger, 4).digest()
+    damage(tmp_path / "s" / "step-4")
+    one = replica()
+    with caplog.at_level(logging.WARNING):
+        load_newest(tmp_path / "s", one, header_digest(ledger.header), known)
+    assert one.digest() == at(ledger, 2).digest()
+    assert "the snapshot step-4 of" in caplog.text and "is passed over" in caplog.text
 
 
 def test_one_of_another_layout_is_passed_over(tmp_path: Path) -> None:

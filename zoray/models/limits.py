@@ -8,6 +8,7 @@ from torch import nn
 
 from zoray.config import RunConfig
 from zoray.errors import ConfigError, ModelError
+from zoray.partitioned import shape_of
 
 if TYPE_CHECKING:
     from zoray.tasks import Task
@@ -26,7 +27,7 @@ def check_lengths(config: RunConfig, model: nn.Module) -> None:
 
 def check_tokens(task: Task, model: nn.Module) -> None:
     """Raises ModelError if the data have tokens the model has no embedding for: it is another model's tokenizer."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows = shape_of(model.get_input_embeddings().weight)[0]  # type: ignore[operator]
     if task.largest_token >= rows:
         raise ModelError(
             f"The tokenizer makes token {task.largest_token}, but the model has embeddings for {rows} tokens.",

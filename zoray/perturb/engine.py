@@ -17,7 +17,7 @@ from zoray.perturb.embedding import EmbeddingLayer
 from zoray.perturb.linear import LinearLayer
 from zoray.perturb.norm import NormLayer
 from zoray.perturb.rows import RowRule, Rows
-from zoray.perturb.swap import SwappedModule, swapped
+from zoray.perturb.swap import SwappedModule, swapped_throughout
 
 Handler = Callable[..., Any]
 
@@ -90,7 +90,7 @@ class Engine:
         with ExitStack() as stack:
             stack.enter_context(no_fused_attention())
             for module, specs in self._root:
-                stack.enter_context(swapped(active, module, specs))
+                stack.enter_context(swapped_throughout(active, module, specs))
             for module, handler in self.handlers.items():
                 call = handler if isinstance(handler, SwappedModule) else partial(_by_position, handler)
                 stack.enter_context(replaced_forward(module, partial(call, active)))

@@ -7,7 +7,7 @@ With both signs in one forward, the module runs twice, once on each half of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from zoray.layout import ParamSpec
+from zoray.partitioned import altered, is_partitioned
 from zoray.perturb.context import Active, Signs
 from zoray.perturb.rows import ALL_LED, RETURN, RowRule, mapped
 
@@ -94,3 +95,19 @@ def swapped(
         yield promoted
     finally:
         module._parameters.update(own)
+
+
+@contextmanager
+def swapped_throughout(active: Active, module: nn.Module, specs: Mapping[str, ParamSpec]) -> Iterator[None]:
+    """Perturb parameters for the time of the block, whoever uses them: whole forwards, not one module's call.
+
+    A partitioned one is gathered and given other values instead: its place must not be taken by a plain tensor while
+    modules are called, whose parameters DeepSpeed gathers.
+    """
+    partitioned = {name: spec for name, spec in specs.items() if is_partitioned(module._parameters.get(name))}
+    with ExitStack() as stack:
+        stack.enter_context(swapped(active, module, {n: spec for n, spec in specs.items() if n not in partitioned}))
+        for name, spec in partitioned.items():
+            change = partial(active.perturbed, spec=spec)
+            stack.enter_context(altered(module._parameters.get(name), change))
+        yield

@@ -1,0 +1,472 @@
+"""What every memory must do, checked in worlds of several processes: python -m tests.unit.shards RANK FOLDER.
+
+`test_memory.py` starts the processes, and reads their reports. They form one world after the other, since most of
+their time goes into imports. A check compares with the resident replica of the same model in the same process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.utils import cpp_extension
+
+from benchmarks.bytes import Peak
+from tests.unit.helpers import bits, commit_of
+from tests.unit.test_probe import Widths
+from zoray.aggregate import commit
+from zoray.config import RunConfig
+from zoray.directions import Directions
+from zoray.errors import ModelError
+from zoray.memory import Memory, Resident, pieces
+from zoray.memory.zero3 import Sharding, Zero3, partitioned_loading
+from zoray.models import load_model
+from zoray.replica import Replica
+from zoray.snapshot import load_newest, save
+from zoray.update import Shard
+
+DTYPES = ("float32", "bfloat16", "float16")
+COMMITS = [
+    commit_of(0, [127, -127, 5, -88], eta=2.0**-12),
+    commit_of(1, [3], eta=2.0**-9, decay=0.75),
+    commit_of(2, [0, -9, 64], eta=2.0**-11),
+]
+RUN, HEAD = "run", b"\1" * 32
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes a check runs in.
+
+    Attributes:
+        backend: "resident" (no world at all), "zero3", "zero3-cpu" or "zero3-nvme".
+        models: folder with the models, one folder each.
+        shared: folder that all of a world's processes and `test_memory.py` see.
+    """
+
+    backend: str
+    rank: int
+    size: int
+    models: Path
+    shared: Path
+
+    @property
+    def name(self) -> str:
+        return self.backend if self.backend == "resident" else f"{self.backend}-{self.size}"
+
+    @property
+    def sharding(self) -> Sharding:
+        offload: Any = self.backend.partition("-")[2] or "none"
+        return Sharding(offload, self.shared / "offloaded", buffer=1 << 21)
+
+    def memory(self, model: nn.Module, directions: Directions, **options: object) -> Memory:
+        if self.backend == "resident":
+            return Resident(model, directions)
+        return Zero3(model, directions, replace(self.sharding, options=options))
+
+    def load(self, kind: str, dtype: str = "float32", **keys: Any) -> nn.Module:
+        """A model as a run's configuration has it, partitioned from the start."""
+        alone = self.backend == "resident"
+        with nullcontext() if alone else partitioned_loading(getattr(torch, dtype), self.sharding):
+            return loaded(self.models / kind, dtype, **keys)
+
+    def replica(self, model: nn.Module, rank: int = 1, **options: Any) -> Replica:
+        return Replica(model, 7, rank=rank, memory=partial(self.memory, **options))
+
+    def everyone(self, value: Any) -> list[Any]:
+        """The value each process has."""
+        if self.backend == "resident":
+            return [value]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+
+def loaded(folder: Path, dtype: str, num_labels: int | None = None, **keys: Any) -> nn.Module:
+    kind = "causal_lm" if num_labels is None else "classification"
+    task = {"kind": kind, "train": "t", "max_length": 16}
+    run = {"model": str(folder), "max_steps": 1, "task": task, "dtype": dtype, **keys}
+    return load_model(RunConfig.model_validate(run), num_labels=num_labels)
+
+
+class Skipped(Exception):
+    """The check cannot be made here; the text says why."""
+
+
+class Odd(nn.Module):
+    """Sizes that few numbers divide, some smaller than the number of processes, and a parameter that is not trained."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(7, 5), nn.Linear(5, 2)
+        self.cube = nn.Parameter(torch.randn(3, 5, 7))
+        self.single = nn.Parameter(torch.tensor([0.5]))
+        self.wide = nn.Parameter(torch.randn(23, 301))
+        self.second.weight.requires_grad_(False)
+        self.register_buffer("seen", torch.tensor([3, 4]))
+        self.to(dtype)
+
+
+def whole(world: World, memory: Memory) -> dict[str, torch.Tensor]:
+    """The weights that all processes hold together; their shards must be disjoint and leave no gap."""
+    found: dict[str, torch.Tensor] = {}
+    everyone = world.everyone([(s.spec.name, s.start, s.values.clone()) for s in memory.shards()])
+    for spec in memory.directions.layout.specs:
+        parts = [part for mine in everyone for part in mine if part[0] == spec.name and part[2].numel()]
+        position = 0
+        for _, start, values in parts:
+            assert start == position, f"{spec.name} has a gap"
+            position += values.numel()
+        assert position == spec.numel
+        found[spec.name] = torch.cat([values for *_, values in parts]).view(spec.shape)
+    return found
+
+
+def assert_same(world: World, sharded: Replica, resident: Replica) -> None:
+    """The same weights, bit for bit, and the same digests."""
+    together = whole(world, sharded.memory)
+    for shard in resident.memory.shards():
+        name, theirs = shard.spec.name, together[shard.spec.name].view(-1)
+        assert torch.equal(bits(shard.values), bits(theirs)), name
+    digest = resident.memory.digest()
+    assert sharded.digest() == digest
+    assert sum(world.everyone(sharded.memory.digest())) % 2**64 == digest
+    assert sharded.base_digest() == resident.base_digest()
+
+
+def batch_of(seed: int, rows: int = 3, length: int = 9, classes: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(6, 40, (rows, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 3 if classes else ids}
+
+
+# ---- checks ----
+
+
+def updates(world: World) -> None:
+    """The same commits, at once and one by one, give the weights that they give a resident replica."""
+    for dtype in DTYPES:
+        for rank in (1, 3):
+            odd, tied = partial(Odd, getattr(torch, dtype)), partial(loaded, world.models / "gpt2", dtype)
+            for make in (odd,) if rank == 3 and dtype != "float32" else (odd, tied):
+                resident = Replica(make(), 7, rank=rank)
+                sharded = world.replica(make(), rank)
+                assert sharded.layout == resident.layout
+                assert_same(world, sharded, resident)
+                base = resident.digest()
+                resident.apply(COMMITS)
+                for each in COMMITS:
+                    sharded.apply(each)
+                assert resident.digest() != base
+                assert_same(world, sharded, resident)
+
+
+def _steps(world: World, sharded: Replica, resident: Replica, steps: int = 2, **batch: Any) -> None:
+    first = batch_of(0, **batch)
+    assert sharded.prove(first) == resident.prove(first)
+    for step in range(steps):
+        mine = []
+        for microbatch in world.everyone(world.rank):
+            # Each process has rows and lengths of its own.
+            data = batch_of(10 * step + microbatch, **{"length": 5 + 2 * microbatch, **batch})
+            mine.append((step, 0, data, 1e-3, microbatch))
+        found = world.everyone(sharded.probe(*mine[world.rank]))
+        expected = [resident.probe(*each) for each in mine]
+        assert found == expected, (found, expected)
+        both = commit(step, [found[0]], learning_rate=1e-2, weight_decay=0.1)
+        sharded.apply(both)
+        resident.apply(both)
+    assert_same(world, sharded, resident)
+    evaluated = sharded.evaluate(first).summary(), resident.evaluate(first).summary()
+    assert evaluated[0] == evaluated[1]
+
+
+def probes(world: World) -> None:
+    """Probes of models loaded in partitions, and the weights they lead to, are those of a resident replica."""
+    cases = [("gpt2", "float32"), ("llama", "bfloat16")]
+    if world.size == 2:
+        cases += [("opt", "float16"), ("mixtral", "float32"), ("gpt2", "bfloat16")]
+    for kind, dtype in cases:
+        model = world.load(kind, dtype)
+        twin = loaded(world.models / kind, dtype)
+        for mine, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+        _steps(world, world.replica(model), Replica(twin, 7), steps=3 if kind == "gpt2" else 2)
+
+
+def every_path(world: World) -> None:
+    """Parameters used behind their owners' backs, two forwards per probe, classifiers, adapters, new weights."""
+    strays = Replica(loaded(world.models / "mamba", "float32"), 7)
+    _steps(world, world.replica(world.load("mamba")), strays)
+    assert strays.verdict is not None and strays.verdict.strays
+    relative = Replica(loaded(world.models / "mpnet", "float32", num_labels=3), 7)
+    _steps(world, world.replica(world.load("mpnet", num_labels=3)), relative, classes=True)
+    assert relative.verdict is not None and not relative.verdict.batched
+    _a_batch_of_another_shape(world)
+    keys: dict[str, Any] = {"trainable": {"lora": {"r": 2, "target_modules": ["c_attn"]}}}
+    for each in (keys, {"num_labels": 3, "trainable": "score|attn"}):
+        twin = Replica(loaded(world.models / "gpt2", "float32", **each), 7)
+        sharded = world.replica(world.load("gpt2", **each))
+        assert_same(world, sharded, twin)
+        _steps(world, sharded, twin, classes="num_labels" in each)
+
+
+def _a_batch_of_another_shape(world: World) -> None:
+    """A batch that rules out the path that was proved is refused where processes depend on each other."""
+    resident, sharded = Replica(Widths(), 7), world.replica(Widths())
+    short, long = ({**batch_of(0, length=n, classes=True), "input_ids": torch.ones(3, n).long()} for n in (5, 8))
+    for batch in (short, long):
+        del batch["attention_mask"]
+    assert sharded.prove(short) == resident.prove(short)
+    expected = resident.probe(0, 0, short, 1e-3)
+    assert sharded.probe(0, 0, short, 1e-3) == expected
+    if world.backend != "resident":
+        try:
+            sharded.probe(0, 0, long, 1e-3)
+            raise AssertionError("it was taken in two forwards")
+        except ModelError as error:
+            assert "places is given a tensor without rows" in error.what and error.advice == "set signs: sequential"
+    assert sharded.probe(0, 0, short, 1e-3) == expected
+
+
+def snapshots(world: World) -> None:
+    """Any layout's snapshot is read by this one, and this one's by `test_memory.py`; a damaged one is passed over."""
+    for dtype in DTYPES:
+        resident = Replica(Odd(getattr(torch, dtype)), 7)
+        resident.apply(COMMITS)
+        for parts in (1, 2, 3, 5):
+            place = world.shared / f"{world.name}-{dtype}-{parts}"
+            if world.rank == 0:
+                split_save(place, resident, parts)
+            world.everyone(None)
+            sharded = world.replica(Odd(getattr(torch, dtype)))
+            assert load_newest(place, sharded, RUN, {3: HEAD}) == HEAD
+            assert_same(world, sharded, resident)
+        damaged = next((place / "step-3").glob("part-3-*"))
+        if world.rank == 0:
+            data = bytearray(damaged.read_bytes())
+            data[-3] ^= 4
+            damaged.write_bytes(data)
+        fresh = world.replica(Odd(getattr(torch, dtype)))
+        before = fresh.digest()
+        assert load_newest(place, fresh, RUN, {3: HEAD}) is None
+        assert fresh.digest() == before and fresh.step == 0
+        save(world.shared / f"own-{world.name}-{dtype}", sharded, HEAD, RUN)
+
+
+def storage_that_fails(world: World) -> None:
+    """If one process cannot write, all say so, and nothing is left."""
+    replica = world.replica(Odd(torch.float32))
+    place = world.shared / f"full-{world.name}"
+    real = pieces.save_file
+    if world.rank == world.size - 1:
+        pieces.save_file = _full  # type: ignore[assignment]
+    try:
+        save(place, replica, HEAD, RUN)
+        raise AssertionError("it was saved")
+    except OSError as error:
+        assert "disk full" in str(error) or world.rank < world.size - 1
+    finally:
+        pieces.save_file = real
+    world.everyone(None)
+    assert list(place.iterdir()) == []
+    save(place, replica, HEAD, RUN)
+    assert [path.name for path in place.iterdir()] == ["step-0"]
+
+
+def _full(*_: object) -> None:
+    raise OSError("disk full")
+
+
+@contextmanager
+def unguarded(replica: Replica) -> Iterator[None]:
+    replica.memory.settle = lambda: None  # type: ignore[method-assign]
+    yield
+
+
+def _break_off(replica: Replica, module: nn.Module) -> None:
+    """A forward that fails when `module` is about to be called."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError("in the middle of a forward")
+
+    hook = module.register_forward_pre_hook(fail)
+    try:
+        replica.probe(0, 0, batch_of(0), 1e-3)
+        raise AssertionError("the forward went through")
+    except MemoryError:
+        pass
+    finally:
+        hook.remove()
+
+
+TRAPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # name: (model, DeepSpeed's options, the replica's)
+    "persisted": ("gpt2", {"stage3_param_persistence_threshold": 10**9}, {}),
+    "reused": ("gpt2", {"stage3_max_reuse_distance": 10**9}, {"head": "full"}),
+    "tied": ("gpt2", {"stage3_prefetch_bucket_size": 10**8}, {"head": "full"}),
+    "prefetched": ("llama", {"stage3_prefetch_bucket_size": 10**8}, {}),
+}
+
+
+def _after_an_update(world: World, trap: str, guarded: bool) -> bool:
+    """Whether a probe after an update is that of a resident replica."""
+    kind, options, choices = TRAPS[trap]
+    resident = Replica(loaded(world.models / kind, "float32"), 7, **choices)
+    sharded = Replica(world.load(kind), 7, memory=partial(world.memory, **options), **choices)
+    for k in range(5):
+        # DeepSpeed keeps and prefetches by the order of modules that it has seen in earlier forwards.
+        assert sharded.probe(0, k, batch_of(k), 1e-3) == resident.probe(0, k, batch_of(k), 1e-3)
+    with nullcontext() if guarded else unguarded(sharded):
+        if trap != "persisted":
+            last = [module for module in sharded.model.modules() if isinstance(module, nn.LayerNorm | nn.Linear)][-3]
+            _break_off(sharded, last)
+        resident.apply(COMMITS)
+        sharded.apply(COMMITS)
+        assert_same(world, sharded, resident)
+        return sharded.probe(3, 0, batch_of(9), 1e-3) == resident.probe(3, 0, batch_of(9), 1e-3)
+
+
+def stale_copies(world: World) -> None:
+    """No copy of a parameter outlives an update; each trap is one, which the check without its guard falls into."""
+    for trap in TRAPS:
+        assert _after_an_update(world, trap, guarded=True), trap
+        assert not _after_an_update(world, trap, guarded=False), f"{trap} is no trap"
+
+
+def peak(world: World) -> None:
+    """Loading, proof, probes and updates never take more than the own parts, one module and the activations."""
+    twin = loaded(world.models / "deep", "float32")
+    model_bytes = sum(p.numel() * p.element_size() for p in twin.parameters())
+    largest = max(sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in twin.modules())
+    batch = batch_of(0, rows=1, length=4)
+    del twin
+    with Peak() as loading:
+        model = world.load("deep")
+    with Peak() as stepping:
+        sharded = world.replica(model)
+        sharded.apply(commit(0, [sharded.probe(0, 0, batch, 1e-3)], learning_rate=1e-3))
+        sharded.probe(1, 0, batch, 1e-3)
+        sharded.digest()
+    world.everyone(None)
+    note = {"model": model_bytes, "largest": largest, "loading": loading.peak, "stepping": stepping.peak}
+    (world.shared / f"peak-{world.name}-{world.rank}.json").write_text(json.dumps(note))
+    # A module is gathered from a copy of its parts, and process 0 has what it reads from the file besides.
+    assert loading.peak < model_bytes / world.size + 3.5 * largest, note
+    assert stepping.peak < 4 * largest, note
+
+
+def files(world: World) -> None:
+    """Weights in files: updates, probes and snapshots are those of a resident replica."""
+    if not list(Path(cpp_extension.get_default_build_root()).rglob("async_io.so")):
+        # Compiling it takes minutes, and leaves a lock that blocks for ever if it is broken off.
+        raise Skipped("not built: python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as A; A().load()'")
+    model = world.load("large")
+    resident, sharded = Replica(loaded(world.models / "large", "float32"), 7), world.replica(model)
+    assert list((world.shared / "offloaded").rglob(f"rank{world.rank}/*.swp"))
+    assert any(parameter.ds_tensor.numel() < 2 for parameter in model.parameters())  # type: ignore[attr-defined]
+    _steps(world, sharded, resident)
+    resident.apply(COMMITS[2:])
+    sharded.apply(COMMITS[2:])
+    assert_same(world, sharded, resident)
+    place = world.shared / "files"
+    save(place, sharded, HEAD, RUN)
+    again = world.replica(world.load("large"))
+    assert load_newest(place, again, RUN, {3: HEAD}) == HEAD
+    assert_same(world, again, resident)
+
+
+Check = Callable[[World], None]
+
+CONTRACT: tuple[Check, ...] = (updates, snapshots, storage_that_fails, probes)
+WORLDS: dict[tuple[str, int], tuple[Check, ...]] = {
+    ("zero3", 4): (*CONTRACT, peak),
+    ("zero3", 3): CONTRACT,
+    ("zero3", 2): (*CONTRACT, every_path, stale_copies, peak),
+    ("zero3-cpu", 2): (updates, probes, every_path),
+    ("zero3-nvme", 2): (files,),
+    ("zero3", 1): CONTRACT,
+}
+"""The checks of each backend with each number of processes, in the order in which the worlds are formed."""
+
+RESIDENT: tuple[Check, ...] = (*CONTRACT, every_path)
+
+
+class Split(Memory):
+    """Part `rank` of `size` of a resident replica's weights, cut as no backend would."""
+
+    def __init__(self, replica: Replica, rank: int, size: int) -> None:
+        super().__init__(replica.directions)
+        self.rank, self.size, self._all = rank, size, replica.memory
+
+    def shards(self, writing: bool = False) -> Iterator[Shard]:
+        for shard in self._all.shards():
+            borders = [shard.stop * i // self.size for i in (self.rank, self.rank + 1)]
+            yield Shard(shard.spec, shard.values[slice(*borders)], borders[0])
+
+    def settle(self) -> None:
+        pass
+
+
+def split_save(folder: Path, replica: Replica, parts: int) -> None:
+    """A snapshot as `parts` processes would have written it."""
+    save(folder, replica, HEAD, RUN)
+    if parts > 1:
+        (folder / "step-3" / pieces.WHOLE).unlink()
+        for rank in range(parts):
+            pieces.write(folder / "step-3", Split(replica, rank, parts))
+
+
+def run(world: World, checks: tuple[Check, ...], report: Callable[[dict[str, Any]], None]) -> None:
+    """All of its checks, until one fails: after that the processes may not be at the same place."""
+    for check in checks:
+        started, fault, why = time.perf_counter(), "", ""
+        try:
+            check(world)
+        except Skipped as reason:
+            why = str(reason)
+        except Exception:
+            fault = traceback.format_exc()
+        seconds = time.perf_counter() - started
+        report({"world": world.name, "check": check.__name__, "fault": fault, "skipped": why, "seconds": seconds})
+        if fault:
+            return
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    with (folder / f"report-{rank}.jsonl").open("w") as out:
+
+        def report(facts: dict[str, Any]) -> None:
+            out.write(json.dumps(facts) + "\n")
+            out.flush()
+
+        for (backend, size), checks in WORLDS.items():
+            if rank < size:
+                world = World(backend, rank, size, folder / "models", folder)
+                distributed.init_process_group(
+                    "gloo",
+                    init_method=f"file://{folder}/{world.name}.world",
+                    rank=rank,
+                    world_size=size,
+                    timeout=timedelta(seconds=60),
+                )
+                run(world, checks, report)
+                distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Parameters of which a process holds one flat part.
+
+ZeRO-3 gives each of R processes the elements [rank P, (rank + 1) P) of every parameter, P = ceil(numel / R), and leaves
+an empty tensor in the parameter's place; DeepSpeed's hooks make it whole for the time of its module's call (Rajbhandari
+et al. 2020, ZeRO). What a parameter was is written on it by DeepSpeed, so nothing here imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+_HOLDER = "zoray"
+"""Stands among the modules that are using a parameter, which keeps DeepSpeed from taking it apart."""
+
+
+class Part(NamedTuple):
+    """Elements start, start+1, ... of a tensor in row-major order: those this process holds, as a 1-D tensor."""
+
+    values: torch.Tensor
+    start: int
+
+
+def is_partitioned(tensor: torch.Tensor | None) -> bool:
+    """Whether this process holds no more than a part of the tensor."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, partitioned or not."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def is_gathered(parameter: Any) -> bool:
+    """Whether a partitioned parameter is whole at the moment: gathered, and no longer on its way."""
+    return bool(parameter.ds_status.name == "AVAILABLE")
+
+
+@contextmanager
+def own_part(tensor: Any, writing: bool = False) -> Iterator[Part]:
+    """The part of a parameter that is this process's own, as a view; all of one that is not partitioned.
+
+    The parts of all processes are disjoint and make up the parameter. What lies behind its last element, in the part of
+    the last process, is nobody's. A part that lies in a file is read for the time of the block.
+
+    Args:
+        tensor: the parameter; a partitioned one must not be gathered, if it is written to.
+        writing: the view may be written to.
+    """
+    if not is_partitioned(tensor):
+        yield Part(tensor.detach().reshape(-1), 0)
+        return
+    swapper = tensor.nvme_swapper if tensor.ds_tensor.status.name == "NOT_AVAILABLE" else None
+    if swapper is not None:
+        swapper.swap_in([tensor], async_op=False)
+    size = tensor.ds_tensor.ds_numel
+    start = min(tensor.ds_zero_partition_rank * size, tensor.ds_numel)
+    try:
+        yield Part(tensor.ds_tensor.detach().view(-1)[: min(size, tensor.ds_numel - start)], start)
+    finally:
+        if swapper is not None:
+            # The first writes the file and lets go of the buffer, the second only lets go of it.
+            (swapper.swap_out_and_release if writing else swapper.remove_partition_and_release_buffers)([tensor])
+
+
+def holds_buffers(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether what is not partitioned counts as this process's own: all have the same, and the first counts."""
+    return all(tensor.ds_zero_partition_rank == 0 for tensor in tensors if hasattr(tensor, "ds_zero_partition_rank"))
+
+
+@contextmanager
+def kept_whole(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[], None]]:
+    """Keep gathered parameters from being taken apart, from the call of what this yields to the end of the block.
+
+    DeepSpeed gathers a parameter for its module's call; this lets its use go on after that, without another all-gather.
+    """
+    partitioned: list[Any] = [parameter for parameter in parameters if is_partitioned(parameter)]
+
+    def keep() -> None:
+        for parameter in partitioned:
+            parameter.ds_active_sub_modules.add(_HOLDER)
+
+    try:
+        yield keep
+    finally:
+        for parameter in partitioned:
+            parameter.ds_active_sub_modules.discard(_HOLDER)
+            if is_gathered(parameter) and not parameter.ds_active_sub_modules:
+                parameter.partition()
+
+
+@contextmanager
+def altered(parameter: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Gather a partitioned parameter and let it have other values, made from its own, for the time of the block.
+
+    The process's own part is not touched. All processes must do this together.
+    """
+    with kept_whole([parameter]) as keep:
+        keep()
+        parameter.all_gather()
+        before = parameter.data
+        parameter.data = change(before)
+        try:
+            yield
+        finally:
+            parameter.data = before
