@@ -462,7 +462,7 @@ def main() -> None:
                     init_method=f"file://{folder}/{world.name}.world",
                     rank=rank,
                     world_size=size,
-                    timeout=timedelta(seconds=60),
+                    timeout=timedelta(seconds=120),
                 )
                 run(world, checks, report)
                 distributed.destroy_process_group()
