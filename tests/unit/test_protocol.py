@@ -153,81 +153,114 @@ def test_no_replica_idles_while_an_item_is_unassigned() -> None:
 
 
 def lined_up(seconds: float, **changes: object) -> tuple[Driver, list[Assign]]:
-    """Two replicas in a step of six probes, of which "a" has answered one after some seconds; what it is given then."""
-    run = Driver(settings(**{"directions": 6, "short_probe": 0.1, **changes}))
-    first, _ = run.join("a", "b")
+    """Two replicas in a step of eight probes, of which each has answered one after some seconds; what they got then.
+
+    Where probes are short, "a" runs the third and has the fourth in line, "b" the fifth and the sixth.
+    """
+    run = Driver(settings(**{"directions": 8, "short_probe": 0.1, **changes}))
+    first, second = run.join("a", "b")
     run.now += seconds
-    return run, of(Assign, run.answer(first))
+    return run, [*of(Assign, run.answer(first)), *of(Assign, run.answer(second))]
 
 
-def test_the_last_of_very_short_probes_are_sent_to_whoever_is_as_fast_as_others() -> None:
-    given = lined_up(0.01)[1]
-    # Three of six are left then, more than replicas, and one of them is enough in line.
-    assert [(a.replica, a.item.part) for a in given] == [("a", 2), ("b", 3), ("a", 4)]
-    given = lined_up(0.01, directions=5)[1]
-    # Nobody knows yet how long "b" takes.
-    assert [(a.replica, a.item.part) for a in given] == [("a", 2), ("a", 3)]
+def parts(actions: Iterable[Action]) -> list[tuple[str, int]]:
+    return [(a.replica, a.item.part) for a in of(Assign, actions)]
 
 
 def test_short_probes_are_sent_before_the_last_answer_is_there() -> None:
     run, given = lined_up(0.05)
-    # Two of six are left then, and two replicas to take them when they are idle.
-    assert [(a.replica, a.item.part) for a in given] == [("a", 2), ("b", 3)]
-    assert [run.state.members[name].ahead for name in "ab"] == [None, probe(0, 3)]
-    assert of(Assign, run.answer(Assign("b", probe(0, 1), 0))) == []
-    assert run.state.members["b"].item == probe(0, 3)
-    assert [a.item for a in of(Assign, run.answer(Assign("b", probe(0, 3), 0)))] == [probe(0, 4)]
+    assert parts(given) == [("a", 2), ("a", 3), ("b", 4), ("b", 5)]
+    assert [a.commits_from for a in given] == [0, 0, 0, 0]
+    # Two are left, for whoever is idle first.
+    assert parts(run.answer(Assign("a", probe(0, 2), 0))) == []
+    assert run.state.members["a"].item == probe(0, 3)
+    assert parts(run.answer(Assign("a", probe(0, 3), 0))) == [("a", 6)]
+
+
+def test_the_last_of_very_short_probes_are_sent_ahead_too() -> None:
+    run, _ = lined_up(0.01)
+    assert parts(run.answer(Assign("a", probe(0, 2), 0))) == [("a", 6)]
+    assert run.state.members["a"].ahead == probe(0, 6)
+
+
+def test_a_slow_replica_has_nothing_in_line_however_many_are_left() -> None:
+    run = Driver(settings(directions=16, short_probe=0.1))
+    first, slow = run.join("a", "b")
+    run.now = 0.01
+    # Of "b" nobody knows yet how long it takes.
+    assert parts(run.answer(first)) == [("a", 2), ("a", 3)]
+    run.now = 0.02
+    assert parts(run.answer(Assign("a", probe(0, 2), 0))) == [("a", 4)]
+    run.now = 0.1
+    assert parts(run.answer(slow)) == [("b", 5)]
 
 
 @pytest.mark.parametrize(("seconds", "changes"), [(0.1, {}), (0.0, {"short_probe": 0.0})])
 def test_other_probes_are_given_to_idle_replicas_alone(seconds: float, changes: dict[str, object]) -> None:
     run, given = lined_up(seconds, **changes)
-    assert [a.replica for a in given] == ["a"]
+    assert parts(given) == [("a", 2), ("b", 3)]
     assert run.state.members["b"].ahead is None
 
 
 def test_what_a_lost_replica_had_in_line_is_given_again_too() -> None:
     run, _ = lined_up(0.05)
     run.feed(ReplicaLost("b", "killed"))
-    assert set(run.state.again) == {probe(0, 1), probe(0, 3)}
-    run.play([Assign("a", probe(0, 2), 0)])
+    assert set(run.state.again) == {probe(0, 4), probe(0, 5)}
+    run.play([Assign("a", probe(0, 2), 0), Assign("a", probe(0, 3), 0)])
     assert of(Finish, run.log)[0].reason == "done"
 
 
 def test_a_replica_asked_to_leave_does_not_stay_for_what_it_has_in_line() -> None:
     run, _ = lined_up(0.05)
     run.feed(RemoveReplica("b"))
-    assert run.state.again == (probe(0, 3),)
-    (release,) = of(Release, run.answer(Assign("b", probe(0, 1), 0)))
+    assert run.state.again == (probe(0, 5),)
+    (release,) = of(Release, run.answer(Assign("b", probe(0, 4), 0)))
     assert release.cause == "drained"
 
 
 def test_what_is_in_line_is_late_only_when_its_turn_was_long_ago() -> None:
     run, _ = lined_up(0.05, late_minimum=10.0)
     run.now = 9.0
-    run.answer(Assign("b", probe(0, 1), 0))
-    assert run.state.members["b"].since == run.state.flights[probe(0, 3)].since == 9.0
+    run.answer(Assign("b", probe(0, 4), 0))
+    assert run.state.members["b"].since == run.state.flights[probe(0, 5)].since == 9.0
 
 
 def test_an_answer_out_of_turn_counts_and_the_first_is_still_awaited() -> None:
     run, _ = lined_up(0.05)
-    run.answer(Assign("b", probe(0, 3), 0))
+    run.answer(Assign("b", probe(0, 5), 0))
     member = run.state.members["b"]
-    assert (member.item, member.ahead) == (probe(0, 1), None) and probe(0, 3) in run.state.results
+    assert (member.item, member.ahead) == (probe(0, 4), None) and probe(0, 5) in run.state.results
 
 
 def test_a_replica_that_lacks_commits_has_nothing_in_line_any_more() -> None:
     run, _ = lined_up(0.05)
-    given = of(Assign, run.feed(Refused("b", probe(0, 1), 0, "restarted")))
-    assert {a.item for a in given if a.replica == "b"} == {probe(0, 1)} and run.state.again == (probe(0, 3),)
+    given = run.feed(Refused("b", probe(0, 4), 0, "restarted"))
+    assert parts(given) == [("b", 4)] and run.state.again == (probe(0, 5),)
 
 
 def test_a_probe_that_fails_does_not_take_along_what_is_in_line() -> None:
     run, _ = lined_up(0.05)
-    run.feed(Failed("b", probe(0, 1), "out of memory"))
-    assert run.state.members["b"].item == probe(0, 3)
-    run.play([Assign("a", probe(0, 2), 0), Assign("b", probe(0, 3), 0)])
+    run.feed(Failed("b", probe(0, 4), "out of memory"))
+    assert run.state.members["b"].item == probe(0, 5)
+    run.play([Assign("a", probe(0, 2), 0), Assign("a", probe(0, 3), 0), Assign("b", probe(0, 5), 0)])
     assert of(Finish, run.log)[0].reason == "done"
+
+
+def test_no_snapshot_is_due_while_one_is_being_written() -> None:
+    run = Driver(settings(max_steps=4, directions=2, save_steps=1))
+    todo, written = run.join("a", "b"), []
+    while run.state.step < 4:
+        assign = todo.pop(0)
+        if assign.item.kind is Kind.SNAPSHOT:
+            written.append(assign)
+            continue
+        actions = list(run.answer(assign))
+        for commit in of(AppendCommit, actions):
+            actions += run.feed(CommitDurable(commit.commit.step))
+        todo += of(Assign, actions)
+    # The one at the end of the run is not left out.
+    assert [a.item.step for a in written] == [1]
+    assert Item(Kind.SNAPSHOT, 4) in run.state.work
 
 
 def test_nothing_of_the_next_step_before_the_commit_is_durable() -> None:

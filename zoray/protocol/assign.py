@@ -13,7 +13,7 @@ RECENT = 31
 """Durations the median of a kind is taken over."""
 
 _LAST, _SLOW = 0.2, 1.5
-"""What probes in line near the end of a step may take, of `short_probe`, and who runs them, of the usual time."""
+"""How long the last probes of a step may take to be in line, of `short_probe`; how slow whoever has one, of usual."""
 
 WITNESSES = 2
 """Proven replicas whose digests a newcomer's is compared with."""
@@ -56,7 +56,8 @@ def _line_up(state: State, name: str, now: float, actions: list[Action]) -> None
     """Let a replica that runs a probe of this step have another one in line; it gets the commits with the first."""
     del state.single[name]
     member = state.members[name]
-    slow = _left(state) <= len(state.members) and member.took > _SLOW * _usual(state)
+    # Of one that has answered nothing yet, nobody knows; it is in no line either.
+    slow = member.took > _SLOW * _usual(state)
     fit = member.item is not None and member.item.step == state.step and not member.draining and not member.misses
     if slow or not fit or (item := _next_item(state)) is None:
         return

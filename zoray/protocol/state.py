@@ -234,8 +234,11 @@ def open_step(state: State, now: float) -> None:
 
 
 def _saves(state: State) -> bool:
-    """Whether a snapshot of the weights at the step is due."""
+    """Whether a snapshot of the weights at the step is due; while one is being written, only at the end of the run."""
     settings, step = state.settings, state.step
+    writing = any(member.item is not None and member.item.kind is Kind.SNAPSHOT for member in state.members.values())
+    if writing and step < settings.max_steps:
+        return False
     if settings.save_steps is not None:
         return step > 0 and step % settings.save_steps == 0
     if settings.snapshot_after is None:
