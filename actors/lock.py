@@ -81,6 +81,8 @@ class RunLock:
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             flock, owner = _lock(fd), _owner(fd)
+            if not os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                raise OSError(errno.ESTALE, "its folder was replaced at this moment")
             if flock == "held":
                 raise self._refusal(owner or _named({}), None, break_lock)
             if owner and not break_lock and not _dead(owner, flock):

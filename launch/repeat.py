@@ -40,7 +40,8 @@ def train_or_resume(config_path: str, overrides: list[str]) -> None:
         if _is_unborn(folder):
             # What a kill before the first step left, down to the lock file.
             with RunLock(folder.path):
-                shutil.rmtree(folder.path)
+                aside = folder.set_aside()
+            shutil.rmtree(aside, ignore_errors=True)
         train(config_path, overrides)
     except Stopped as stopped:
         if stopped.by_signal:

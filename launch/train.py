@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
@@ -46,16 +47,26 @@ def begin(folder: RunFolder, config: RunConfig) -> None:
     Raises:
         ZorayError, SystemExit: as `train`.
     """
+    with nothing_left_behind(folder), RunLock(folder.path) as claim:
+        check_snapshots(folder, config)
+        _follow(folder, config, resume=False, claim=claim)
+
+
+@contextmanager
+def nothing_left_behind(folder: RunFolder) -> Iterator[None]:
+    """Delete the folder of a run that fails before its first step, unless it is another process's by then."""
+    # As long as it is open, no other folder can be taken for it.
+    handle = os.open(folder.path, os.O_RDONLY)
     try:
-        with RunLock(folder.path) as claim:
-            check_snapshots(folder, config)
-            _follow(folder, config, resume=False, claim=claim)
+        yield
     except BaseException as error:
         # Whoever has its lock may be about to write the first step.
         another = isinstance(error, RunError) and error.where == str(folder.path / "lock")
-        if not another and not (folder.ledger / "commits.bin").exists():
-            shutil.rmtree(folder.path, ignore_errors=True)
+        if not another and folder.is_at(handle) and not (folder.ledger / "commits.bin").exists():
+            shutil.rmtree(folder.set_aside(), ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
 
 
 def resume(run: str, overrides: list[str], output_dir: str = "runs", break_lock: bool = False) -> None:

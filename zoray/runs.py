@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +54,19 @@ class RunFolder:
     def ledger(self) -> Path:
         """Folder of the ledger."""
         return self.path / "ledger"
+
+    def is_at(self, handle: int) -> bool:
+        """Whether the folder of that name is the one that `handle` (a file descriptor) was opened on."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(handle), self.path.stat())
+        return False
+
+    def set_aside(self) -> Path:
+        """Give the folder another name, which is returned, so that it can be deleted while others make a new one.
+
+        On NFS a folder with an open file, its lock, cannot be deleted, but it can be renamed.
+        """
+        return self.path.rename(self.path.with_name(f".{self.name}.{secrets.token_hex(4)}"))
 
     @property
     def snapshots(self) -> Path:

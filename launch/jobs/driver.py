@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -86,16 +85,13 @@ def drive() -> None:
 def _new(path: Path, local: dict[str, str]) -> tuple[RunFolder, RunConfig]:
     """A new run that has passed all checks; what was refused leaves no folder behind."""
     from launch.preflight import check_snapshots
+    from launch.train import nothing_left_behind
 
     config = _config(path, local)
     folder = RunFolder.create(config, "run")
-    with RunLock(folder.path):
-        try:
-            check_snapshots(folder, config)
-            _check(config, folder)
-        except BaseException:
-            shutil.rmtree(folder.path, ignore_errors=True)
-            raise
+    with nothing_left_behind(folder), RunLock(folder.path):
+        check_snapshots(folder, config)
+        _check(config, folder)
     return folder, config
 
 

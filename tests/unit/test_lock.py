@@ -288,3 +288,20 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         lock(tmp_path / "nowhere").acquire()
     assert "folder is there" in str(caught.value.advice)
     assert held_by(tmp_path / "nowhere") is None
+
+
+def test_the_file_of_a_folder_that_was_replaced_locks_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has deleted the folder and made a new one, between the opening of the file and its lock."""
+    flock = fcntl.flock
+
+    def replaced(fd: int, kind: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        folder.rename(folder.with_name("old"))
+        folder.mkdir()
+        (folder / "lock").touch()
+        flock(fd, kind)
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with pytest.raises(RunError, match="replaced at this moment"):
+        RunLock(folder).acquire()
+    RunLock(folder).acquire().release()

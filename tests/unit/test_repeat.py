@@ -131,3 +131,16 @@ def test_only_a_folder_in_which_nothing_is_but_a_run_before_its_first_step_is_be
     (made.path / "notes.md").write_text("mine")
     assert not repeat._is_unborn(made)
     assert not repeat._is_unborn(RunFolder(tmp_path / "new" / "nowhere"))
+
+
+def test_a_folder_that_has_become_another_processs_is_not_deleted(built: BuiltRun, tmp_path: Path) -> None:
+    config = built.config.model_copy(update={"output_dir": str(tmp_path / "new"), "run_name": "a"})
+    mine = RunFolder.create(config, "x")
+    with pytest.raises(RunError, match="refused"), train.nothing_left_behind(mine):
+        mine.set_aside()
+        theirs = RunFolder.create(config, "x")
+        raise RunError("refused")
+    assert theirs.config_path.is_file()
+    with pytest.raises(RunError, match="refused"), train.nothing_left_behind(theirs):
+        raise RunError("refused")
+    assert not theirs.path.exists()
