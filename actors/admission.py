@@ -6,7 +6,7 @@ Each part is a call to the replica, and its end begins the next one: the run goe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from actors.fleet import Fleet
@@ -40,7 +40,7 @@ class Admission:
 
     Args:
         fleet, inbox, journal: of the run.
-        patience: seconds that each part of joining is given at least.
+        patience: seconds that parts of joining are given at least, by method, where that is not `PATIENCE`.
         welcome: is shown each introduction, and raises a `ZorayError` if that replica does not belong to the run; once
             it has returned, `ledger` must be set.
         ready: is told the replica and the step of its weights.
@@ -53,12 +53,12 @@ class Admission:
         inbox: Inbox,
         journal: Journal,
         *,
-        patience: float = PATIENCE,
+        patience: Mapping[str, float] | None = None,
         welcome: Callable[[str, Introduction], None],
         ready: Callable[[str, int], None],
         failed: Callable[[str, ZorayError], None],
     ) -> None:
-        self._fleet, self._inbox, self._journal, self._patience = fleet, inbox, journal, patience
+        self._fleet, self._inbox, self._journal, self._patience = fleet, inbox, journal, patience or {}
         self._welcome, self._ready, self._failed = welcome, ready, failed
         self._heard: set[str] = set()
         self._waiting: dict[str, tuple[str, float]] = {}
@@ -78,7 +78,8 @@ class Admission:
                 del self._waiting[name]
                 continue
             slowest = self._slowest.get(method)
-            patience = max(self._patience, SLOWER * slowest) if slowest is not None else float("inf")
+            least = self._patience.get(method, PATIENCE)
+            patience = max(least, SLOWER * slowest) if slowest is not None else float("inf")
             if now - since > (PROCESS if method == _APPEAR else patience):
                 del self._waiting[name]
                 self._failed(name, _hangs(name, method, now - since, slowest or 0.0))

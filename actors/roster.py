@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from actors.admission import PATIENCE, Admission
+from actors.admission import Admission
 from actors.fleet import Fleet
 from actors.inbox import Inbox
 from actors.journal import Journal
@@ -48,6 +48,15 @@ _PATIENCE = 15.0
 """Seconds the first replicas wait for others that were started with them."""
 
 
+def _patience(config: RunConfig) -> dict[str, float]:
+    """What each part of joining is given that has to do with an object store."""
+    inputs = (config.model, config.task.train, config.task.eval or "")
+    reading = {"introduce": STORE_PATIENCE} if any(map(is_uri, inputs)) else {}
+    if not is_uri(config.snapshot_dir or ""):
+        return reading
+    return {**reading, "find_snapshots": STORE_PATIENCE, "join": STORE_PATIENCE}
+
+
 class Roster:
     """The replicas of a run, from their start to their end.
 
@@ -69,12 +78,11 @@ class Roster:
         tell: Callable[[Event], None],
     ) -> None:
         self.fleet = Fleet(config, folder.snapshots_of(config), embedded)
-        far = any(is_uri(place) for place in (config.model, config.task.train, config.snapshot_dir) if place)
         self.admission = Admission(
             self.fleet,
             inbox,
             journal,
-            patience=STORE_PATIENCE if far else PATIENCE,
+            patience=_patience(config),
             welcome=welcome,
             ready=self._ready,
             failed=self._failed,

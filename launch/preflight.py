@@ -63,14 +63,14 @@ def check_snapshots(folder: RunFolder, config: RunConfig) -> None:
         return
     where = folder.snapshots_of(config)
     try:
-        taken = shelf(where).names()
+        taken = shelf(where).anything()
         shelf(where).check()
     except OSError as error:
         advice = getattr(error, "advice", None) or "name a folder or an object store that every machine can write to"
         raise RunError(f"Snapshots cannot be kept there: {error}.", where="snapshot_dir", advice=advice) from error
     if taken:
         raise RunError(
-            f"There are snapshots of a run of the name {folder.name} already: {', '.join(sorted(taken)[:3])}.",
+            f"Something is already where the snapshots of {folder.name} would be: {', '.join(sorted(taken)[:3])}.",
             where=shown(str(where)),
             advice="choose another run_name or snapshot_dir, or delete them",
         )

@@ -7,6 +7,7 @@ cannot rename, so there the file that makes it whole goes last, and what lacks t
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ from zoray import stores
 MARK = "snapshot.json"
 """The file that makes a snapshot whole."""
 
+_SNAPSHOT = re.compile(r"step-\d+")
+
 
 class Shelf(ABC):
     """A place for snapshots. Whatever cannot be done raises an OSError, of a store a `StoreError`."""
@@ -26,6 +29,10 @@ class Shelf(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """The snapshots there are."""
+
+    @abstractmethod
+    def anything(self) -> list[str]:
+        """Names of whatever is there, snapshot or not."""
 
     @abstractmethod
     def read(self, name: str, file: str) -> bytes:
@@ -75,6 +82,10 @@ class FolderShelf(Shelf):
     def names(self) -> list[str]:
         """The folders in it; one that is damaged is there, too."""
         return [path.name for path in self.folder.glob("[!.]*")]
+
+    def anything(self) -> list[str]:
+        """Names of files and folders in it."""
+        return [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
 
     def read(self, name: str, file: str) -> bytes:
         """The content of a file."""
@@ -163,10 +174,14 @@ class StoreShelf(Shelf):
         """Delete its objects, MARK first."""
         stores.remove(stores.join(self.uri, name), MARK)
 
+    def anything(self) -> list[str]:
+        """Names of objects, whoever put them there."""
+        return stores.names(self.uri)
+
     def sweep(self) -> None:
-        """Delete what has no MARK."""
+        """Delete what has no MARK, and is called as snapshots are: nobody else's objects."""
         for name, files in self._all().items():
-            if MARK not in files:
+            if MARK not in files and _SNAPSHOT.fullmatch(name):
                 self.remove(name)
 
     def check(self) -> None:

@@ -67,8 +67,11 @@ def save(folder: Where, replica: Replica, head: bytes, run: str, keep: int | Non
         finally:
             place.discard(name, number)
     if keep and memory.rank == 0:
-        for old in steps(folder)[:-keep]:
-            place.remove(f"{_PREFIX}{old}")
+        try:
+            for old in steps(folder)[:-keep]:
+                place.remove(f"{_PREFIX}{old}")
+        except StoreError as error:
+            _log.warning("old snapshots stay where they are: %s", error)
     return value
 
 

@@ -58,8 +58,16 @@ def shown(uri: str) -> str:
     """The URI as it may be printed and kept: without keys, and without the way to the store."""
     if not is_uri(uri):
         return uri
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    scheme, _, rest = uri.partition("://")
+    keys, _, place = rest.partition("?")[0].rpartition("@")
+    # A secret may have slashes in it, and a key an @; only keys and secrets are parted by a colon.
+    return f"{scheme}://{place if ':' in keys else rest.partition('?')[0]}"
+
+
+def has_keys(uri: str) -> bool:
+    """Whether a URI has credentials in it."""
+    place = uri.partition("?")[0]
+    return is_uri(uri) and shown(uri) != place
 
 
 def join(uri: str, *names: str) -> str:
@@ -303,7 +311,8 @@ def _explained(uri: str, error: Exception) -> StoreError:
         return StoreError(f"There is no bucket of the name in {shown(uri)}", "Check the name, and AWS_ENDPOINT_URL.")
     if isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError):
         return StoreError(
-            f"The address {shown(uri)} cannot be opened: {about}", "Write s3://bucket/key or gs://bucket/key."
+            f"The address {shown(uri)} cannot be opened" + (f": {about}" if not has_keys(uri) else ""),
+            "Write s3://bucket/key or gs://bucket/key.",
         )
     if isinstance(error, FileNotFoundError):
         return StoreError(f"There is nothing at {shown(uri)}")

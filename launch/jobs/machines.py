@@ -10,6 +10,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from zoray.runs import RunFolder
 from zoray.stores import StoreError, check_readable, check_writable, is_uri
 
 _PATIENCE = 90.0
+_STORES = 4
 _CACHED = 5.0
 """Seconds for which a machine may believe that a new folder of a network volume is not there."""
 
@@ -117,14 +119,20 @@ def look(token: str, paths: Sequence[str], uris: Mapping[str, str] | None = None
         uris: to read from, and that of `snapshot_dir` to write to, by key.
     """
     missing = tuple(path for path in paths if not os.path.exists(path))
-    unreached = []
-    for key, uri in (uris or {}).items():
+
+    def reach(named: tuple[str, str]) -> tuple[str, str, str] | None:
+        key, uri = named
         try:
             (check_writable if key == "snapshot_dir" else check_readable)(uri)
         except StoreError as error:
-            unreached.append((uri, error.what, error.advice or ""))
+            return uri, error.what, error.advice or ""
+        return None
+
+    # All at once: one after the other, stores that are silent would take longer than anybody waits here.
+    with ThreadPoolExecutor(_STORES) as pool:
+        unreached = tuple(each for each in pool.map(reach, (uris or {}).items()) if each)
     host = socket.gethostname()
-    return Seen(host, __version__, code_digest(), missing, _storage_fault(Path(token)), tuple(unreached))
+    return Seen(host, __version__, code_digest(), missing, _storage_fault(Path(token)), unreached)
 
 
 def named_places(config: RunConfig) -> dict[str, str]:

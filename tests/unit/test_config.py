@@ -352,6 +352,13 @@ def test_every_key_is_described_and_marked(section: type[BaseModel]) -> None:
         assert field.json_schema_extra["mathematics"] in (True, False, "content"), name
 
 
+@pytest.mark.parametrize("key", ["model", "task.train", "task.eval", "snapshot_dir"])
+def test_addresses_with_credentials_are_refused_and_not_shown(file: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="has credentials in it") as caught:
+        load(file, [f"{key}=s3://KEY:SEC/RET@bucket/a"])
+    assert key in str(caught.value.where) and "RET" not in caught.value.what
+
+
 def test_documentation_is_up_to_date() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == markdown(), "run: python -m zoray.config.docs > docs/configuration.md"

@@ -107,6 +107,11 @@ def test_keys_are_not_shown() -> None:
     assert stores.shown(uri) == "s3://bucket/a/b"
     assert stores.join(uri, "c") == uri.replace("a/b", "a/b/c")
     assert stores.shown("/a local/path?") == "/a local/path?"
+    assert stores.shown("s3://KEY:SEC/RET@bucket/a") == "s3://bucket/a"
+    assert stores.shown("s3://bucket/a@b?region=x") == "s3://bucket/a@b"
+    assert [stores.has_keys(each) for each in (uri, "s3://KEY:SEC/RET@b/a", "s3://bucket/a@b?region=x", "a:b@c")] == [
+        True, True, False, False,
+    ]  # fmt: skip
     with pytest.raises(StoreError) as caught:
         stores.entries(uri + "&nonsense=1")
     assert "SECRET" not in str(caught.value)

@@ -19,6 +19,7 @@ from zoray.config.sections import (
     key,
 )
 from zoray.schedule import POLYNOMIAL_END
+from zoray.stores import has_keys, shown
 
 EXACT_SUM_LIMIT = 2**24
 """Sums of integers below this are exact in float32, whatever the order of summation."""
@@ -260,6 +261,19 @@ class RunConfig(Section):
             )
         if self.eval_steps is not None and self.task.eval is None:
             raise fault("eval_steps", "eval_steps is given, but task.eval is not.", "Name held-out data in task.eval.")
+        return self
+
+    @model_validator(mode="after")
+    def _addresses_have_no_keys(self) -> Self:
+        places = {"model": self.model, "task.train": self.task.train, "task.eval": self.task.eval,
+                  "snapshot_dir": self.snapshot_dir}  # fmt: skip
+        for name, place in places.items():
+            if place is not None and has_keys(place):
+                raise fault(
+                    name,
+                    f"The address {shown(place)} has credentials in it, which config.yaml and logs would show.",
+                    "Leave them out: they come from the environment (AWS_ACCESS_KEY_ID, ...), ~/.aws or a role.",
+                )
         return self
 
     @model_validator(mode="after")

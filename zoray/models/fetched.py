@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -30,7 +31,7 @@ def fetched(uri: str) -> Path:
         ModelError: the store cannot be reached, has no model there, or the cache has no room for it.
     """
     folder = stores.cache_root() / "models"
-    pointer = folder / f"{_digest(stores.shown(uri))}.last"
+    pointer = folder / f"{_digest(f'{stores.shown(uri)}?{urlsplit(uri).query}')}.last"
     try:
         files = listed(uri)
     except _Unreached as error:
