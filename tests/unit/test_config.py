@@ -20,8 +20,9 @@ from zoray.config.sections import (
     ClassificationTask,
     DirectionConfig,
     LoraConfig,
-    MemoryConfig,
     ReplicaRange,
+    ResidentMemory,
+    Zero3Memory,
 )
 from zoray.errors import ConfigError
 
@@ -164,6 +165,12 @@ def test_unknown_key_like_no_other_lists_the_keys(file: Path) -> None:
         ("lr_scheduler_type=cosin", ["lr_scheduler_type is 'cosin'", "Did you mean cosine?"]),
         ("task.kind=causal", ["task.kind is 'causal'", "Did you mean causal_lm?"]),
         ("task={train: x}", ["task.kind is missing", "'causal_lm', 'classification'"]),
+        ("memory={shards: 2}", ["memory.kind is missing", "'resident', 'zero3'"]),
+        ("memory={kind: zero, shards: 2}", ["memory.kind is 'zero'", "Did you mean zero3?"]),
+        ("memory={kind: zero3, shards: 2, offlod: cpu}", ["no key memory.offlod", "Did you mean memory.offload?"]),
+        ("memory={kind: zero3}", ["memory.shards is missing"]),
+        ("memory={kind: zero3, shards: 1, offload: nvme}", ["need a folder", "Give nvme_path"]),
+        ("memory={kind: zero3, shards: 1, nvme_path: /fast}", ["but no files", "Give nvme_path"]),
         ("task=x", ["task is 'x'"]),
         ("task={kind: causal_lm}", ["task.train is missing"]),
         ("trainable=(", ["not a regular expression", "trainable"]),
@@ -172,7 +179,7 @@ def test_unknown_key_like_no_other_lists_the_keys(file: Path) -> None:
         ("trainable={lora: {target_modules: 3}}", ["trainable.lora.target_modules is 3"]),
         ("run_name=a/b", ["run_name is 'a/b'", "pattern"]),
         ("metrics_port=70000", ["metrics_port is 70000"]),
-        ("memory.kind=zero3", ["memory.kind is 'zero3'", "resident"]),
+        ("memory.kind=paged", ["memory.kind is 'paged'", "resident"]),
     ],
 )
 def test_wrong_values(file: Path, override: str, words: list[str]) -> None:
@@ -339,7 +346,8 @@ def test_changed_names_only_mathematical_keys() -> None:
         CausalLMTask,
         ClassificationTask,
         DirectionConfig,
-        MemoryConfig,
+        ResidentMemory,
+        Zero3Memory,
         LoraConfig,
         TrainableLora,
         ReplicaRange,

@@ -15,8 +15,10 @@ from zoray.config.sections import (
     DirectionConfig,
     LoraConfig,
     MemoryConfig,
+    ResidentMemory,
     TaskConfig,
     TrainableLora,
+    Zero3Memory,
 )
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "DirectionConfig",
     "LoraConfig",
     "MemoryConfig",
+    "ResidentMemory",
     "RunConfig",
     "TaskConfig",
     "TrackerName",
     "TrainableLora",
+    "Zero3Memory",
     "changed",
     "dump",
     "load",

@@ -16,8 +16,9 @@ from zoray.config.sections import (
     ClassificationTask,
     DirectionConfig,
     LoraConfig,
-    MemoryConfig,
     ReplicaRange,
+    ResidentMemory,
+    Zero3Memory,
 )
 
 _HEAD = """# Configuration
@@ -46,7 +47,8 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`trainable: {lora: {...}}`", "trainable.lora.", LoraConfig),
     ("`direction`", "direction.", DirectionConfig),
     ("`replicas: {min: ..., max: ...}`", "replicas.", ReplicaRange),
-    ("`memory`", "memory.", MemoryConfig),
+    ("`memory` with `kind: resident`", "memory.", ResidentMemory),
+    ("`memory` with `kind: zero3`", "memory.", Zero3Memory),
 )
 
 

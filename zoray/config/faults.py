@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,13 +12,24 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from zoray.config.schema import RunConfig
-from zoray.config.sections import CausalLMTask, ClassificationTask, ReplicaRange, TrainableLora
+from zoray.config.sections import (
+    CausalLMTask,
+    ClassificationTask,
+    ReplicaRange,
+    ResidentMemory,
+    TrainableLora,
+    Zero3Memory,
+)
 from zoray.config.yaml12 import Document
 from zoray.errors import ConfigError
 
-_TASK_KINDS = "'causal_lm', 'classification'"
+_KINDS: dict[str, dict[str, type[BaseModel]]] = {
+    "task": {"causal_lm": CausalLMTask, "classification": ClassificationTask},
+    "memory": {"resident": ResidentMemory, "zero3": Zero3Memory},
+}
+"""Sections whose keys depend on their `kind`; the first is taken where that is not given."""
 
-_TAGS = ("causal_lm", "classification", "name", "mapping", "list", "str", "list[str]")
+_TAGS = (*(kind for kinds in _KINDS.values() for kind in kinds), "name", "mapping", "list", "str", "list[str]")
 """Elements pydantic puts into the place of an error for members of a union; they are no keys of the file."""
 
 _OTHER_NAMES = {
@@ -75,7 +87,7 @@ def _fault(details: ErrorDetails, document: Document) -> _Fault:
         case "missing":
             return _Fault(f"The key {name} is missing.", where, "See docs/configuration.md.")
         case "union_tag_not_found":
-            return _Fault(f"The key {name}.kind is missing.", where, f"Use one of {_TASK_KINDS}.")
+            return _Fault(f"The key {name}.kind is missing.", where, f"Use one of {_listed(_KINDS[name])}.")
         case "union_tag_invalid":
             what = f"{name}.kind is {context['tag']!r}; it must be one of {context['expected_tags']}."
             return _Fault(
@@ -136,9 +148,9 @@ def _section_fields(section: tuple[str, ...], data: Any) -> dict[str, Any]:
 
 
 def _section_class(model: type[BaseModel], key: str, data: Any) -> type[BaseModel]:
-    if key == "task":
+    if key in _KINDS:
         kind = data.get("kind") if isinstance(data, dict) else None
-        return ClassificationTask if kind == "classification" else CausalLMTask
+        return _KINDS[key].get(str(kind), next(iter(_KINDS[key].values())))
     if key == "trainable":
         return TrainableLora
     if key == "replicas":
@@ -159,6 +171,10 @@ def _nearest_value(value: Any, expected: str) -> str | None:
     choices = re.findall(r"'([^']*)'", expected)
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _short(value: Any) -> str:

@@ -12,9 +12,11 @@ from zoray.config.sections import (
     DirectionConfig,
     MemoryConfig,
     ReplicaRange,
+    ResidentMemory,
     Section,
     TaskConfig,
     TrainableLora,
+    Zero3Memory,
     fault,
     key,
 )
@@ -134,7 +136,7 @@ class RunConfig(Section):
         ge=1,
     )
     gpus_per_replica: float = key(0.0, "Accelerators of a replica; 0 means processors only.", mathematics=False, ge=0)
-    memory: MemoryConfig = key(MemoryConfig(), "Where a replica keeps its weights.", mathematics=False)
+    memory: MemoryConfig = key(ResidentMemory(), "Where a replica keeps its weights.", mathematics=False)
     eval_steps: int | None = key(
         None, "Evaluate every so many steps. Without it, at the start and the end.", mathematics=False, ge=1
     )
@@ -209,6 +211,11 @@ class RunConfig(Section):
         if isinstance(self.replicas, ReplicaRange):
             return self.replicas.min, self.replicas.max, self.replicas.max
         return 1, None, self.replicas
+
+    @property
+    def shards(self) -> int:
+        """Processes that hold one replica together."""
+        return self.memory.shards if isinstance(self.memory, Zero3Memory) else 1
 
     @property
     def snapshots_kept(self) -> int | None:

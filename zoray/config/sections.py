@@ -159,7 +159,46 @@ class ReplicaRange(Section):
         return self
 
 
-class MemoryConfig(Section):
-    """Where a replica keeps its weights."""
+class ResidentMemory(Section):
+    """A replica is one process that holds all of its weights."""
 
-    kind: Literal["resident"] = key("resident", "`resident`: all of them in one process.", mathematics=False)
+    kind: Literal["resident"] = key("resident", "All weights in one process.", mathematics=False)
+
+
+class Zero3Memory(Section):
+    """A replica is several processes on one machine, each with a part of every weight (DeepSpeed's ZeRO stage 3)."""
+
+    kind: Literal["zero3"] = key(..., "Weights in parts, gathered module by module for a forward.", mathematics=False)
+    shards: int = key(
+        ...,
+        "Processes of one replica, each with `1/shards` of the weights; each runs a probe of its own at the same time. "
+        "`threads_per_replica` and `gpus_per_replica` are what each of them has.",
+        mathematics=False,
+        ge=1,
+        le=1024,
+    )
+    offload: Literal["none", "cpu", "nvme"] = key(
+        "none",
+        "Where the parts lie between two uses: with the process's accelerator (`none`), in the machine's memory, or in "
+        "files under `nvme_path`.",
+        mathematics=False,
+    )
+    nvme_path: str | None = key(
+        None,
+        "Folder on a fast disk of each machine, for `offload: nvme`; the files are gone with the replica.",
+        mathematics=False,
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _files_have_a_place(self) -> Self:
+        if (self.offload == "nvme") != (self.nvme_path is not None):
+            raise fault(
+                "memory.nvme_path",
+                "Weights in files need a folder." if self.offload == "nvme" else "A folder is given, but no files.",
+                "Give nvme_path together with offload: nvme.",
+            )
+        return self
+
+
+MemoryConfig = Annotated[ResidentMemory | Zero3Memory, Field(discriminator="kind")]
