@@ -35,6 +35,13 @@ class ProbeResult:
     projected_gradient: float
     loss: float
 
+    @classmethod
+    def of_losses(
+        cls, step: int, direction: int, microbatch: int, plus: float, minus: float, epsilon: float
+    ) -> ProbeResult:
+        """The probe whose two losses (float64) are given; its scalars are rounded to float32, as they travel."""
+        return cls(step, direction, microbatch, float32((plus - minus) / (2 * epsilon)), float32((plus + minus) / 2))
+
 
 @dataclass(frozen=True, slots=True)
 class Aggregate:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Literal
 
-import numpy as np
 import torch
 
 from zoray.aggregate import ProbeResult
@@ -59,9 +59,25 @@ class Prober:
 
     def probe(self, step: int, direction: int, batch: Batch, epsilon: float, microbatch: int = 0) -> ProbeResult:
         """The probe at (step, direction, microbatch); its scalars are rounded to float32, as they travel."""
-        plus, minus = self.losses(step, direction, batch, epsilon)
-        gradient = np.float32((plus - minus) / (2 * epsilon))
-        return ProbeResult(step, direction, microbatch, float(gradient), float(np.float32((plus + minus) / 2)))
+        return ProbeResult.of_losses(
+            step, direction, microbatch, *self.losses(step, direction, batch, epsilon), epsilon
+        )
+
+    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Literal[1, -1]) -> float:
+        """One of the two `losses` alone (float64), bit for bit; for probes of two forwards only.
+
+        Raises:
+            ModelError: both signs are in one forward on the proved path, whose losses have other last bits.
+        """
+        if self.verdict.batched:
+            raise ModelError(
+                "Both signs of a probe are in one forward here, and cannot be split.",
+                where="signs",
+                advice="set signs: sequential",
+            )
+        with torch.no_grad():
+            signs = Signs.PLUS if sign > 0 else Signs.MINUS
+            return self._run(step, direction, batch, epsilon, signs, len(batch["labels"])).mean()
 
     def evaluate(self, batch: Batch) -> RowLosses:
         """Row losses at the unperturbed weights."""

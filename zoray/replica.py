@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -103,6 +104,18 @@ class Replica:
         assert self._prober is not None
         with self.memory.forwards():
             return self._prober.probe(step, direction, batch, epsilon, microbatch)
+
+    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Literal[1, -1]) -> float:
+        """Mean loss (float64) at theta + sign epsilon z: half of a `probe` of two forwards (`signs` sequential).
+
+        Raises:
+            ModelError: the replica's probes take one forward for both signs.
+        """
+        if self._prober is None:
+            self.prove(batch, epsilon)
+        assert self._prober is not None
+        with self.memory.forwards():
+            return self._prober.side(step, direction, batch, epsilon, sign)
 
     def apply(self, commits: Commit | Sequence[Commit]) -> None:
         """theta <- decay theta - eta sum_k c_k z_k for each commit in order; one already applied is ignored.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tests.simulation.chaos import InvariantError
@@ -54,12 +55,16 @@ class Saved:
 
 
 class SimulatedReplica:
-    """What an actor does: apply what it lacks, run one item, answer; requests wait in line."""
+    """What an actor does: apply what it lacks, run one item, answer; requests wait in line.
+
+    One that is wide is a group of actors: each has an item, and a failure of one of them is the end of all.
+    """
 
     def __init__(self, world: Simulation, name: str) -> None:
         self.world, self.name, self.life, self.alive = world, name, 0, False
         self.speed = world.rng.choice([1.0, 1.0, 1.3, 5.0])
-        self.inbox: list[bytes] = []
+        self.width = world.rng.choice([1, 1, 2, 4])
+        self.inbox: list[tuple[bytes, ...]] = []
         self.busy, self.thaw = False, 0.0
 
     def boot(self, saved: Saved) -> None:
@@ -68,9 +73,9 @@ class SimulatedReplica:
         self.flipped = False
         self.held, self.weights, self.head = saved.step, saved.weights, saved.head
 
-    def receive(self, request: bytes, life: int) -> None:
+    def receive(self, requests: tuple[bytes, ...], life: int) -> None:
         if self.alive and life == self.life:
-            self.inbox.append(request)
+            self.inbox.append(requests)
             self._next()
 
     def catch_up(self, commits: Iterable[Commit]) -> None:
@@ -88,14 +93,18 @@ class SimulatedReplica:
         if self.busy or not self.inbox:
             return
         world, rng = self.world, self.world.rng
-        item, records = decode_request(self.inbox.pop(0))
+        work = [decode_request(request) for request in self.inbox.pop(0)]
+        item, records = work[0]
         self.catch_up(lacking(records, self.held, self.head))
         if "apply twice" in world.bugs and records and self.held == item.step:
             self.weights = apply(self.weights, world.golden.commits[item.step - 1])
-        seconds, answer = 0.01, self._run(item)
-        if isinstance(answer, Answer):
-            seconds = self.speed * rng.uniform(0.5, 1.5) * (2.0 if item.kind is not Kind.PROBE else 1.0)
-        self.busy, life, data = True, self.life, encode_answer(answer)
+        seconds, answers = 0.01, [self._run(each) for each, _ in work]
+        if isinstance(answers[0], Answer):
+            seconds = self.speed * rng.uniform(0.5, 1.5) * (1.0 if item.kind.probing else 2.0)
+        self.busy, life = True, self.life
+        # What keeps a group from an item, or breaks it, is told once.
+        other = [answer for answer in answers if not isinstance(answer, Answer)][:1]
+        data = tuple(encode_answer(answer) for answer in other or answers)
         world.at(max(world.now, self.thaw) + seconds, lambda: self._answered(data, life))
 
     def _run(self, item: Item) -> Answer | Refused | Failed:
@@ -105,17 +114,20 @@ class SimulatedReplica:
             return Failed(self.name, item, "out of memory")
         return Answer(self.name, item, self.world.problem.run(self.weights, item))
 
-    def _answered(self, data: bytes, life: int) -> None:
+    def _answered(self, data: tuple[bytes, ...], life: int) -> None:
         if not self.alive or life != self.life:
             return
         if self.thaw > self.world.now:
             self.world.at(self.thaw, lambda: self._answered(data, life))
             return
         self.busy = False
-        event = decode_answer(self.name, data)
-        if isinstance(event, Answer) and event.item.kind is Kind.SNAPSHOT:
-            self.world.saved.append(Saved(self.held, self.weights, self.head))
-        self.world.send(lambda: self.world.coordinator.feed(event))
+        for event in [decode_answer(self.name, each) for each in data]:
+            if isinstance(event, Answer) and event.item.kind is Kind.SNAPSHOT:
+                self.world.saved.append(Saved(self.held, self.weights, self.head))
+            self.world.send(partial(self.world.coordinator.feed, event))
+            if isinstance(event, Failed) and self.width > 1:
+                self.world.met["groups torn down"] += 1
+                self.world.crash(self)
         self._next()
 
 
@@ -206,13 +218,15 @@ class SimulatedCoordinator:
         if due or (world.stormy and world.rng.random() < world.chaos.between_actions):
             raise PowerCutError
         match action:
-            case Assign(name, item, start):
+            case Assign(name, item, start, beside):
                 assert self.ledger is not None and self.state is not None
+                world.check_bundle(world.replicas[name], item, beside)
                 if name in self.state.members and self.state.members[name].ahead == item:
                     world.met["lined up"] += 1
                 records = b"".join(c.encode() for c in self.ledger.commits(start, item.step))
-                request, life = encode_request(item, records), world.replicas[name].life
-                world.send(lambda: world.replicas[name].receive(request, life))
+                requests = tuple(encode_request(each, records) for each in (item, *beside))
+                life = world.replicas[name].life
+                world.send(lambda: world.replicas[name].receive(requests, life))
             case AppendCommit(commit):
                 return self._append(commit)
             case Rewind(step):

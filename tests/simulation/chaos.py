@@ -56,6 +56,7 @@ def draw(rng: random.Random) -> tuple[Problem, Chaos, int]:
         first_deadline=6.0,
         max_misses=4,
         short_probe=rng.choice([0.0, 3.0, 100.0]),
+        split_signs=rng.random() < 0.25,
     )
     broken_steps = range(0)
     if rng.random() < 0.15:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tests.simulation.disk import empty_ledger
 from zoray.aggregate import ProbeResult, aggregate
 from zoray.commits import HASH_SIZE, Commit
-from zoray.protocol import DigestValue, EvalSums, Evaluation, Item, Kind, Payload, ProbeScalars, Settings
+from zoray.protocol import DigestValue, EvalSums, Evaluation, Item, Kind, Payload, ProbeScalars, Settings, SideLoss
 from zoray.protocol.decide import evaluation
 
 Weights = npt.NDArray[np.float32]
@@ -43,11 +43,13 @@ def digest(weights: Weights) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _scalars(weights: bytes, step: int, index: int, microbatch: int) -> tuple[float, float]:
+def _sides(weights: bytes, step: int, index: int, microbatch: int, epsilon: float) -> tuple[float, float]:
+    """The losses at the weights plus and minus epsilon times the direction."""
     theta = np.frombuffer(weights, dtype=np.float32)
     noise = hashlib.sha256(struct.pack("<QII", step, index, microbatch)).digest()[0] / 256
-    g = np.float32(theta @ direction(step, index) * (1 + noise) + noise)
-    return float(g), float(np.float32(theta @ theta + noise))
+    g = float(theta @ direction(step, index) * (1 + noise) + noise)
+    loss = float(theta @ theta + noise)
+    return loss + epsilon * g, loss - epsilon * g
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,18 @@ class Problem:
         """The result of an item: a pure function of the weights and the address."""
         if item.kind in (Kind.SNAPSHOT, Kind.DIGEST):
             return DigestValue(digest(weights))
-        g, loss = _scalars(weights.tobytes(), item.step, item.part, item.microbatch)
+        epsilon = self.settings.epsilon
+        plus, minus = _sides(weights.tobytes(), item.step, item.part, item.microbatch, epsilon)
         if item.kind is Kind.EVAL:
+            loss = (plus + minus) / 2
             return EvalSums(loss * 3, loss * loss * 3, 3, int(loss * 10) % 4)
         address = (item.step * 7 + item.direction) * 3 + item.microbatch
         if item.step in self.broken_steps or (self.broken_every and address % self.broken_every == 0):
-            return ProbeScalars(math.inf, math.nan, 0.0, 1.0)
-        return ProbeScalars(g, loss, 0.5, 1.0)
+            plus = math.inf
+        if item.kind is not Kind.PROBE:
+            return SideLoss(plus if item.kind is Kind.PLUS else minus, 0.5, 0.5)
+        both = ProbeResult.of_losses(item.step, item.direction, item.microbatch, plus, minus, epsilon)
+        return ProbeScalars(both.projected_gradient, both.loss, 0.5, 1.0)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tests.simulation.disk import Disk
 from tests.simulation.model import Golden, Problem, base, digest, golden
 from zoray.commits import Commit
 from zoray.ledger import Ledger
-from zoray.protocol import Finish, RemoveReplica, ReplicaLost, ReplicaReady, State, StopRequested
+from zoray.protocol import Finish, Item, Kind, RemoveReplica, ReplicaLost, ReplicaReady, State, StopRequested
 
 CALM_AFTER = 60.0
 """Time (about that of 60 probes) after which nothing crashes any more and the run has to come to its end."""
@@ -116,7 +116,7 @@ class Simulation:
                 # Either the carrier brings a joiner up to date first, or its first request does.
                 if self.rng.random() < 0.5 and not replica.busy and replica.held <= coordinator.ledger.next_step:
                     replica.catch_up(coordinator.ledger.commits(replica.held))
-                coordinator.feed(ReplicaReady(replica.name, replica.held))
+                coordinator.feed(ReplicaReady(replica.name, replica.held, replica.width))
 
         self.at(later, meet)
 
@@ -191,6 +191,16 @@ class Simulation:
     def usable(self, saved: Saved) -> bool:
         """Whether newcomers may start from a snapshot: the replicas must have agreed on its digest."""
         return saved.step == 0 or self.agreed.get(saved.step) == digest(saved.weights)
+
+    def check_bundle(self, replica: SimulatedReplica, item: Item, beside: tuple[Item, ...]) -> None:
+        """What runs at the same time takes the same path, and no more than there are processes."""
+        everything = (item, *beside)
+        self.met["bundles"] += bool(beside)
+        kinds = {Kind.PROBE if each.kind.probing else each.kind for each in everything}
+        alone = len(everything) == 1 or kinds in ({Kind.PROBE}, {Kind.EVAL})
+        fits = len(everything) == len(set(everything)) <= replica.width
+        if not (alone and fits and {each.step for each in everything} == {item.step}):
+            raise InvariantError(f"{replica.name}, {replica.width} wide, is given {', '.join(map(str, everything))}")
 
     def check_report(self, step: int, evaluation: object, agreed: int | None) -> None:
         if agreed is not None:

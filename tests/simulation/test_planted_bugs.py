@@ -9,7 +9,7 @@ import pytest
 
 from tests.simulation.chaos import InvariantError
 from tests.simulation.simulator import Simulation
-from zoray.protocol import Item, Kind, Payload, ProbeScalars, State, kernel
+from zoray.protocol import Item, Payload, ProbeScalars, SideLoss, State, kernel
 
 ENOUGH = 100
 _accept = kernel.accept
@@ -22,8 +22,8 @@ def accept_stale(state: State, name: str, item: Item, payload: Payload | None) -
 
 def count_both(state: State, name: str, item: Item, payload: Payload | None) -> None:
     """A second answer to a probe counts as that of another one still missing."""
-    if item in state.results and item.kind is Kind.PROBE:
-        missing = (other for other in state.queue if other not in state.results and other.kind is Kind.PROBE)
+    if item in state.results and item.kind.probing:
+        missing = (other for other in state.queue if other not in state.results and other.kind is item.kind)
         item = next(missing, item)
     _accept(state, name, item, payload)
 
@@ -80,9 +80,10 @@ def test_numbers_from_the_clock_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
     """A commit must not depend on who computed what: here all answers but the first replica's weigh more."""
 
     def partial(state: State, name: str, item: Item, payload: Payload | None) -> None:
-        if item.kind is Kind.PROBE and payload is not None and name != "r0":
-            assert isinstance(payload, ProbeScalars)
+        if isinstance(payload, ProbeScalars) and name != "r0":
             payload = replace(payload, projected_gradient=payload.projected_gradient * 1.5)
+        elif isinstance(payload, SideLoss) and name != "r0":
+            payload = replace(payload, loss=payload.loss * 1.5)
         _accept(state, name, item, payload)
 
     monkeypatch.setattr(kernel, "accept", partial)

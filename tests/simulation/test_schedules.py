@@ -46,7 +46,8 @@ def test_every_fault_is_met() -> None:
     expected = {
         "coordinator lives", "power cuts", "messages lost", "crashes", "released: drained", "released: silent",
         "finished: done", "finished: stopped", "finished: numerics", "finished: storage",
-        "lost", "late", "overdue", "duplicates", "stale", "refused", "failed", "lined up",
+        "lost", "late", "overdue", "duplicates", "stale", "refused", "failed", "lined up", "bundles",
+        "groups torn down",
     }  # fmt: skip
     assert expected <= set(+met), expected - set(+met)
     assert met["power cuts"] > 150
@@ -59,7 +60,7 @@ def test_fault_in_every_system_call(fault: str) -> None:
         call += 1
         if not Simulation(call, change=calm, disk_fault=(call, fault)).run().disk.faults:
             break
-    assert call > 6 * 4
+    assert call > 6 * 3
 
 
 def test_power_cut_before_every_action() -> None:
@@ -178,7 +179,7 @@ def test_a_machine_five_times_slower_costs_no_more_than_its_share_of_the_tail(se
 
     simulation = Simulation(seed, change=even)
     for name, replica in simulation.replicas.items():
-        replica.speed = 5.0 if name == "r3" else 1.0
+        replica.speed, replica.width = 5.0 if name == "r3" else 1.0, 1
     simulation.run()
     each, longest = simulation.now / settings.max_steps, 1.5
     fair, late = 16 / 3.2, settings.late_factor * 1.0

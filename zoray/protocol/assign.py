@@ -27,9 +27,12 @@ def assign(state: State, now: float, actions: list[Action]) -> None:
     if state.comparing:
         for name in tuple(state.idle):
             if _asked(state, name):
-                give(state, name, Item(Kind.DIGEST, state.step), now, actions)
-    while state.idle and (item := _next_item(state)) is not None:
-        give(state, next(iter(state.idle)), item, now, actions)
+                give(state, name, (Item(Kind.DIGEST, state.step),), now, actions)
+    while state.idle:
+        name = next(iter(state.idle))
+        if not (items := _next_items(state, state.members[name].width)):
+            break
+        give(state, name, items, now, actions)
     while state.single and _worth_a_line(state):
         _line_up(state, next(iter(state.single)), now, actions)
 
@@ -40,13 +43,14 @@ def _left(state: State) -> int:
 
 def _usual(state: State) -> float:
     """Seconds a probe usually takes; infinitely many while nothing is known."""
-    return median(state.durations.get(Kind.PROBE, (math.inf,)))
+    known = [seconds for kind in Kind if kind.probing for seconds in state.durations.get(kind, ())]
+    return median(known or (math.inf,))
 
 
 def _worth_a_line(state: State) -> bool:
     """Whether the next item is a probe that had better be in line behind another than wait for an idle replica."""
     left, short = _left(state), state.settings.short_probe
-    if not left or state.again or state.comparing or state.queue[state.cursor].kind is not Kind.PROBE:
+    if not left or state.again or state.comparing or not state.queue[state.cursor].kind.probing:
         return False
     # The last ones of a step may stand in line while other replicas are idle: they must be shorter still.
     return _usual(state) < (short if left > len(state.members) else _LAST * short)
@@ -77,13 +81,27 @@ def _asked(state: State, name: str) -> bool:
     return len({*giving, *given}) < WITNESSES
 
 
-def _next_item(state: State) -> Item | None:
+def _next_items(state: State, width: int) -> tuple[Item, ...]:
+    """What is given next to a replica of that width."""
+    first = _next_item(state)
+    items = [first] if first is not None else []
+    while first is not None and len(items) < width and (item := _next_item(state, first)) is not None:
+        items.append(item)
+    return tuple(items)
+
+
+def _next_item(state: State, beside: Item | None = None) -> Item | None:
+    """The next item to be given, if there is one (that may be run at the same time as `beside`)."""
     while state.again:
+        if beside is not None and not together(beside, state.again[0]):
+            return None
         item, state.again = state.again[0], state.again[1:]
         if item not in state.results:
             return item
     while state.cursor < len(state.queue):
         item = state.queue[state.cursor]
+        if beside is not None and not together(beside, item):
+            return None
         state.cursor += 1
         # The answer may have come from a request of the coordinator's previous life.
         if item not in state.results:
@@ -91,25 +109,42 @@ def _next_item(state: State) -> Item | None:
     return None
 
 
-def give(state: State, name: str, item: Item, now: float, actions: list[Action]) -> None:
-    """Assign `item` to the idle replica `name`, with the commits it is not known to hold."""
+def together(one: Item, other: Item) -> bool:
+    """Whether one replica may run both at the same time: its processes gather each other's weights as they go along."""
+    return (one.kind.probing and other.kind.probing) or one.kind is other.kind is Kind.EVAL
+
+
+def give(state: State, name: str, items: tuple[Item, ...], now: float, actions: list[Action]) -> None:
+    """Assign `items` to the idle replica `name`, with the commits it is not known to hold."""
     member = state.members[name]
     del state.idle[name]
-    state.members[name] = replace(member, item=item, since=now)
-    if item.kind is Kind.PROBE:
+    state.members[name] = replace(member, items=items, since=now)
+    if items[0].kind.probing and member.width == 1:
         state.single[name] = None
-    if item.kind is not Kind.DIGEST:
+    for item in items if items[0].kind is not Kind.DIGEST else ():
         # Taken out first, so that flights stay in the order of time.
         before = state.flights.pop(item, None)
         state.flights[item] = Flight(now, (*before.holders, name) if before else (name,))
-    actions.append(Assign(name, item, min(member.held, item.step)))
+    actions.append(Assign(name, items[0], min(member.held, items[0].step), items[1:]))
+
+
+def give_late(state: State, late: list[Item], now: float, actions: list[Action]) -> None:
+    """Let idle replicas run what others were given and are late with, those that are late longest first."""
+    while late and state.idle:
+        name = next(iter(state.idle))
+        items = [late.pop(0)]
+        while late and len(items) < state.members[name].width and together(items[0], late[0]):
+            items.append(late.pop(0))
+        for _ in items:
+            state.count("late")
+        give(state, name, tuple(items), now, actions)
 
 
 def take_back(state: State, name: str) -> None:
-    """`name` no longer runs its item, nor the one it has in line."""
+    """`name` no longer runs its items, nor the one it has in line."""
     member = state.members[name]
-    unassign(state, member.item, name)
-    unassign(state, member.ahead, name)
+    for item in (*member.items, member.ahead):
+        unassign(state, item, name)
 
 
 def unassign(state: State, item: Item | None, name: str) -> None:
@@ -131,7 +166,7 @@ def proceed(state: State, name: str, now: float, actions: list[Action]) -> None:
     if member.ahead is None:
         free(state, name, actions)
         return
-    state.members[name] = replace(member, item=member.ahead, ahead=None, since=now)
+    state.members[name] = replace(member, items=(member.ahead,), ahead=None, since=now)
     state.single[name] = None
     if (flight := state.flights.pop(member.ahead, None)) is not None:
         # It is late when it takes long, not when it had to wait.
@@ -141,7 +176,7 @@ def proceed(state: State, name: str, now: float, actions: list[Action]) -> None:
 def free(state: State, name: str, actions: list[Action]) -> None:
     """`name` has nothing to run: it is idle, or leaves if it was asked to."""
     member = state.members[name]
-    state.members[name] = replace(member, item=None, ahead=None)
+    state.members[name] = replace(member, items=(), ahead=None)
     state.single.pop(name, None)
     if member.draining:
         release(state, name, "drained", "it was asked to leave", actions)

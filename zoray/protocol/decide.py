@@ -19,6 +19,7 @@ from zoray.protocol.messages import (
     ProbeScalars,
     Report,
     Rewind,
+    SideLoss,
     StepRecord,
     Warn,
 )
@@ -33,15 +34,10 @@ def decide(state: State, now: float, actions: list[Action]) -> None:
     if state.comparing and (_unheard(state) or not _compare(state, actions)):
         return
     settings, step = state.settings, state.step
-    probes = [
-        ProbeResult(step, item.direction, item.microbatch, result.payload.projected_gradient, result.payload.loss)
-        for item, result in state.results.items()
-        if isinstance(result.payload, ProbeScalars)
-    ]
     try:
         state.pending = aggregate(
             step,
-            probes,
+            _probes(state),
             directions=settings.directions,
             microbatches=settings.microbatches,
             learning_rate=settings.learning_rate(step),
@@ -55,6 +51,25 @@ def decide(state: State, now: float, actions: list[Action]) -> None:
         return
     state.phase, state.decided = Phase.COMMITTING, now
     actions.append(AppendCommit(state.pending.commit))
+
+
+def _probes(state: State) -> list[ProbeResult]:
+    """The step's probes, those whose signs were split put together."""
+    found: list[ProbeResult] = []
+    for item, result in state.results.items():
+        payload, address = result.payload, (item.step, item.direction, item.microbatch)
+        if isinstance(payload, ProbeScalars):
+            found.append(ProbeResult(*address, payload.projected_gradient, payload.loss))
+        elif isinstance(payload, SideLoss) and item.kind is Kind.PLUS:
+            other = state.results[item._replace(kind=Kind.MINUS)].payload
+            assert isinstance(other, SideLoss)
+            found.append(ProbeResult.of_losses(*address, payload.loss, other.loss, state.settings.epsilon))
+    return found
+
+
+def _effort(state: State) -> list[ProbeScalars | SideLoss]:
+    """Where the seconds of the step's probes went."""
+    return [r.payload for r in state.results.values() if isinstance(r.payload, ProbeScalars | SideLoss)]
 
 
 def conclude(state: State, step: int, now: float, actions: list[Action]) -> None:
@@ -71,8 +86,7 @@ def conclude(state: State, step: int, now: float, actions: list[Action]) -> None
     if state.skipped:
         text = f"step {step} is skipped: none of its losses is finite"
         actions.append(Warn(f"{text} ({state.skipped} in a row, {state.settings.max_skipped_steps} end the run)"))
-    seconds = (r.payload.apply_seconds for r in state.results.values() if isinstance(r.payload, ProbeScalars))
-    state.replay += math.fsum(seconds) / max(1, len(state.members))
+    state.replay += math.fsum(p.apply_seconds for p in _effort(state)) / max(1, len(state.members))
     if state.comparing:
         state.past[step] = state.digests
         while len(state.past) > _REMEMBERED:
@@ -214,7 +228,7 @@ def give_up(state: State, actions: list[Action]) -> None:
 
 
 def _record(state: State, now: float) -> StepRecord:
-    probes = [r.payload for r in state.results.values() if isinstance(r.payload, ProbeScalars)]
+    probes = _effort(state)
     # Evaluation sums are added in the order of shards, so that they do not depend on who answered first.
     sums = [r.payload for _, r in sorted(state.results.items()) if isinstance(r.payload, EvalSums)]
     return StepRecord(

@@ -13,7 +13,7 @@ from zoray.protocol.assign import (
     deadline,
     drop,
     free,
-    give,
+    give_late,
     observe,
     proceed,
     release,
@@ -121,12 +121,15 @@ def _answer(state: State, event: Answer, now: float, actions: list[Action]) -> N
         if name not in state.members:
             return
         member = state.members[name]
-    if member.item == item:
-        seconds = now - member.since
-        observe(state, item.kind, seconds)
-        took = seconds if item.kind is Kind.PROBE else member.took
-        state.members[name] = replace(member, held=max(member.held, item.step), took=took, misses=0)
-        proceed(state, name, now, actions)
+    if item in member.items:
+        left = tuple(other for other in member.items if other != item)
+        state.members[name] = replace(member, items=left, held=max(member.held, item.step), misses=0)
+        if not left:
+            seconds = now - member.since
+            observe(state, item.kind, seconds)
+            if item.kind.probing:
+                state.members[name] = replace(state.members[name], took=seconds)
+            proceed(state, name, now, actions)
     elif member.misses or member.ahead == item:
         # What was before it in line has an answer that is lost, or comes yet.
         state.members[name] = replace(member, misses=0, ahead=None if member.ahead == item else member.ahead)
@@ -163,7 +166,7 @@ def _ready(state: State, event: ReplicaReady, actions: list[Action]) -> None:
         reason = f"it holds step {event.step}, the run is at step {state.step}"
         actions.append(Release(event.replica, reason, "violation"))
         return
-    state.members[event.replica] = Member(held=event.step)
+    state.members[event.replica] = Member(held=event.step, width=event.width)
     state.idle[event.replica] = None
     state.comparing = state.comparing or (state.phase is Phase.PROBING and newcomers(state))
 
@@ -175,7 +178,7 @@ def _durable(state: State) -> int:
 
 def _refused(state: State, event: Refused, actions: list[Action]) -> None:
     name, member = event.replica, state.members.get(event.replica)
-    if member is None or member.item != event.item:
+    if member is None or event.item not in member.items:
         return
     state.count("refused")
     what = f"refused the {event.item}, holding step {event.held}: {event.reason}"
@@ -186,7 +189,7 @@ def _refused(state: State, event: Refused, actions: list[Action]) -> None:
     if member.misses + 1 >= state.settings.max_misses:
         release(state, name, "failing", what, actions)
         return
-    # What it has in line it will refuse for the same reason.
+    # What it runs beside it, or has in line, it will refuse for the same reason.
     take_back(state, name)
     state.members[name] = replace(member, held=event.held, misses=member.misses + 1)
     free(state, name, actions)
@@ -194,13 +197,15 @@ def _refused(state: State, event: Refused, actions: list[Action]) -> None:
 
 def _failed(state: State, event: Failed, now: float, actions: list[Action]) -> None:
     name, item, member = event.replica, event.item, state.members.get(event.replica)
-    if member is None or member.item != item:
+    if member is None or item not in member.items:
         return
     state.count("failed")
     actions.append(Warn(f"replica {name} failed in the {item}: {event.reason}"))
     unassign(state, item, name)
-    state.members[name] = replace(member, misses=member.misses + 1)
-    proceed(state, name, now, actions)
+    left = tuple(other for other in member.items if other != item)
+    state.members[name] = replace(member, items=left, misses=member.misses + 1)
+    if not left:
+        proceed(state, name, now, actions)
     if item.step == state.step and item not in state.results:
         if item.kind is Kind.SNAPSHOT:
             # Only an optimisation of replay: the next one will do.
@@ -240,12 +245,8 @@ def _tick(state: State, now: float, actions: list[Action]) -> None:
         return
     assign(state, now, actions)
     # Flights are in the order in which they were last given; replicas are idle here only if nothing else is left.
-    for item, flight in tuple(state.flights.items()):
-        if not state.idle:
-            break
-        if item.kind in (Kind.PROBE, Kind.EVAL) and now - flight.since > deadlines[item.kind]:
-            state.count("late")
-            give(state, next(iter(state.idle)), item, now, actions)
+    again = (item for item in state.flights if item.kind.probing or item.kind is Kind.EVAL) if state.idle else ()
+    give_late(state, [item for item in again if now - state.flights[item].since > deadlines[item.kind]], now, actions)
 
 
 def _stop(state: State, now: float, actions: list[Action]) -> None:

@@ -26,6 +26,16 @@ class Kind(IntEnum):
     EVAL = 1
     SNAPSHOT = 2
     DIGEST = 3
+    PLUS = 4
+    MINUS = 5
+
+    @property
+    def probing(self) -> bool:
+        """Whether it is a probe, or one of the two evaluations of a probe whose signs are split."""
+        return self in _PROBING
+
+
+_PROBING = frozenset((Kind.PROBE, Kind.PLUS, Kind.MINUS))
 
 
 class Item(NamedTuple):
@@ -48,7 +58,7 @@ class Item(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{self.kind.name.lower()} of step {self.step}"
-        if self.kind is Kind.PROBE:
+        if self.kind.probing:
             return f"{text}, direction {self.direction}, microbatch {self.microbatch}"
         return f"{text}, shard {self.shard}" if self.kind is Kind.EVAL else text
 
@@ -58,6 +68,15 @@ class ProbeScalars:
     """Result of a probe: the projected gradient and mean loss (float32 values), and where the seconds went."""
 
     projected_gradient: float
+    loss: float
+    apply_seconds: float
+    probe_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SideLoss:
+    """Result of one evaluation of a probe whose signs are split: the mean loss (float64) at theta + or - epsilon z."""
+
     loss: float
     apply_seconds: float
     probe_seconds: float
@@ -80,12 +99,14 @@ class DigestValue:
     digest: int
 
 
-Payload = ProbeScalars | EvalSums | DigestValue
+Payload = ProbeScalars | SideLoss | EvalSums | DigestValue
 PAYLOAD_TYPE: dict[Kind, type[Payload]] = {
     Kind.PROBE: ProbeScalars,
     Kind.EVAL: EvalSums,
     Kind.SNAPSHOT: DigestValue,
     Kind.DIGEST: DigestValue,
+    Kind.PLUS: SideLoss,
+    Kind.MINUS: SideLoss,
 }
 
 
@@ -93,11 +114,13 @@ PAYLOAD_TYPE: dict[Kind, type[Payload]] = {
 class ReplicaReady:
     """A replica passed the handshake and holds the weights at `step`. It is idle, whatever it did before.
 
-    Where a name is used again for a new process, the loss of the old one must be told before this, or never.
+    Where a name is used again for a new process, the loss of the old one must be told before this, or never. `width`:
+    how many items it runs at the same time, one in each of its processes.
     """
 
     replica: str
     step: int
+    width: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +208,15 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send `item` to `replica` together with the commits of steps `commits_from` .. `item.step` - 1."""
+    """Send `item` to `replica` together with the commits of steps `commits_from` .. `item.step` - 1.
+
+    A replica that is wide runs those `beside` it at the same time; there are some only of probes and of evaluations.
+    """
 
     replica: str
     item: Item
     commits_from: int
+    beside: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ class Settings:
             takes as long as the network makes it, and gives up by itself where that is dead.
         max_misses: after this many unanswered, refused or failed assignments in a row the replica is released.
         max_failures: an item that raised this often, and on every live replica, ends the run.
+        split_signs: the two evaluations of a probe are items of their own, which different replicas may run.
+        epsilon: half the distance between them.
         short_probe: where a probe usually takes no longer, a replica has another one in line while it runs one, so
             that it need not wait for a round trip; 0: never.
 
@@ -67,6 +69,8 @@ class Settings:
     snapshot_patience: float = 0.0
     max_misses: int = 5
     max_failures: int = 3
+    split_signs: bool = False
+    epsilon: float = 1e-3
     short_probe: float = 0.1
 
     def __post_init__(self) -> None:
@@ -107,8 +111,9 @@ class Member:
 
     Attributes:
         held: the step it is known to hold.
-        item, since: what it runs, and since when.
+        items, since: what it runs at the same time and has not answered, and since when.
         ahead: what it has in line behind that.
+        width: how many items it can run at the same time.
         took: seconds its last probe took.
         misses: unanswered assignments in a row.
         draining: whether it was asked to leave.
@@ -116,13 +121,19 @@ class Member:
     """
 
     held: int
-    item: Item | None = None
+    items: tuple[Item, ...] = ()
     ahead: Item | None = None
     since: float = 0.0
     took: float = math.inf
     misses: int = 0
     draining: bool = False
     proven: bool = False
+    width: int = 1
+
+    @property
+    def item(self) -> Item | None:
+        """What it runs, or the first of it: all are of one step, and either probes or all of one kind."""
+        return self.items[0] if self.items else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +160,7 @@ class State:
     `again` (to be given again), `missing` (results still awaited before the step is decided); `comparing`: digests are
     taken in it, of all replicas if `thorough`, else of newcomers and of some others to compare with.
 
-    Replicas without an item are `idle`; those whose only one is a probe, `single`.
+    Replicas without an item are `idle`; those of one process whose only one is a probe, `single`.
 
     `agreed` is what at least two of them said, or the only one there is. `past` has the digests of recent steps, for
     those that come after their step.
@@ -220,7 +231,8 @@ def open_step(state: State, now: float) -> None:
             items.append(Item(Kind.SNAPSHOT, step))
     if not closing:
         addresses = ((k, m) for k in range(settings.directions) for m in range(settings.microbatches))
-        items += [Item(Kind.PROBE, step, direction, microbatch) for direction, microbatch in addresses]
+        kinds = (Kind.PLUS, Kind.MINUS) if settings.split_signs else (Kind.PROBE,)
+        items += [Item(kind, step, direction, microbatch) for direction, microbatch in addresses for kind in kinds]
     state.phase = Phase.CLOSING if closing else Phase.PROBING
     saving = any(item.kind is Kind.SNAPSHOT for item in items)
     state.thorough = closing or _compares(state, now, saving)

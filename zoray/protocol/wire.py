@@ -3,6 +3,7 @@
     request:  u8 kind | u64 step | u32 part | u16 microbatch | records of the commits that the replica lacks
     answer:   u8 kind + 16 * outcome | u64 step | u32 part | u16 microbatch | outcome
         answered (0)  probe: f32 projected gradient, f32 loss, f32 seconds of applying, f32 seconds of the probe
+                      one sign of a probe: f64 loss, f32 seconds of applying, f32 seconds of the evaluation
                       evaluation: f64 sum of losses, f64 sum of squares, u32 count, u32 correct
                       snapshot, digest: u128 digest
         refused (1)   u64 step held, reason in UTF-8
@@ -28,10 +29,12 @@ from zoray.protocol.messages import (
     Kind,
     ProbeScalars,
     Refused,
+    SideLoss,
 )
 
 _ITEM = struct.Struct("<BQIH")
 _PROBE = struct.Struct("<4f")
+_SIDE = struct.Struct("<d2f")
 _EVAL = struct.Struct("<2d2I")
 _HELD = struct.Struct("<Q")
 _DIGEST_SIZE = 16
@@ -106,6 +109,8 @@ def encode_answer(answer: Answer | Refused | Failed) -> bytes:
         match payload:
             case ProbeScalars(gradient, loss, applying, probing):
                 body = _PROBE.pack(*map(float32, (gradient, loss, applying, probing)))
+            case SideLoss(loss, applying, probing):
+                body = _SIDE.pack(loss, float32(applying), float32(probing))
             case EvalSums(loss_sum, square_sum, count, correct):
                 body = _EVAL.pack(loss_sum, square_sum, count, correct)
             case DigestValue(digest):
@@ -130,6 +135,8 @@ def decode_answer(replica: str, data: bytes) -> Answer | Refused | Failed:
             return Failed(replica, item, body.decode(errors="replace"))
         if item.kind is Kind.PROBE:
             return Answer(replica, item, ProbeScalars(*_PROBE.unpack(body)))
+        if item.kind.probing:
+            return Answer(replica, item, SideLoss(*_SIDE.unpack(body)))
         if item.kind is Kind.EVAL:
             return Answer(replica, item, EvalSums(*_EVAL.unpack(body)))
     except struct.error as error:
