@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from actors.fleet import Fleet
@@ -32,7 +33,7 @@ PROCESS = 300.0
 PATIENCE, SLOWER = 120.0, 10.0
 """Any later part of joining may take so many seconds, or so many times as long as the slowest that came to its end."""
 
-_APPEAR = "__ray_ready__"
+_APPEAR, _INTRODUCE = "__ray_ready__", "introduce"
 
 
 class Admission:
@@ -88,7 +89,7 @@ class Admission:
         began = time.monotonic()
         self._waiting[name] = method, began
 
-        def done(value: object, error: BaseException | None) -> None:
+        def done(values: list[object], error: BaseException | None) -> None:
             if name not in self._fleet:
                 return
             del self._waiting[name]
@@ -97,14 +98,16 @@ class Admission:
             if error is not None:
                 self._failed(name, fault(error, f"replica {name}"))
                 return
-            then(name, value)
+            then(name, values if method == _INTRODUCE else values[0])
 
-        self._inbox.watch(self._fleet.call(name, method, *arguments), done)
+        call = self._fleet.introduce(name) if method == _INTRODUCE else self._fleet.call(name, method, *arguments)
+        self._inbox.watch(call, done)
 
     def _appeared(self, name: str, _: object) -> None:
-        self._then(name, self._introduced, "introduce")
+        self._then(name, self._introduced, _INTRODUCE)
 
-    def _introduced(self, name: str, introduction: Introduction) -> None:
+    def _introduced(self, name: str, introductions: list[Introduction]) -> None:
+        introduction = replace(introductions[0], pids=tuple(each.pid for each in introductions))
         try:
             self._welcome(name, introduction)
         except ZorayError as error:

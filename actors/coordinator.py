@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError
 
+from actors.exchange import Exchange, Outcome
 from actors.exporter import Exporter
 from actors.inbox import Inbox, fault, first_line
 from actors.journal import Journal, Progress
@@ -32,8 +33,8 @@ from actors.roster import Roster
 from actors.settings import settings
 from actors.status import RunStatus, describe
 from actors.trackers import Trackers, require
-from zoray.config import RunConfig
-from zoray.errors import LedgerError, RunError
+from zoray.config import RunConfig, with_memory
+from zoray.errors import LedgerError
 from zoray.identity import check_header, check_newcomer
 from zoray.ledger import Ledger
 from zoray.protocol import (
@@ -52,7 +53,6 @@ from zoray.protocol import (
     StopRequested,
     Tick,
     Warn,
-    decode_answer,
     encode_request,
     initial_state,
     transition,
@@ -140,14 +140,18 @@ class Coordinator:
         """End the run at the next step boundary; asked twice, at once."""
         self.inbox.put(partial(self.events.append, StopRequested()))
 
-    def scale(self, target: int) -> RunStatus:
-        """Change the number of replicas while the run goes on; returns where it was before.
+    def scale(self, target: int, memory: str | None = None) -> RunStatus:
+        """Change the number of replicas, or how new ones are held, while the run goes on; returns where it was before.
+
+        Args:
+            target: replicas in all.
+            memory: section `memory` of the replicas that are started from now on, as YAML; None: as it was.
 
         Raises:
-            ConfigError: the number is below the run's minimum or above its maximum.
+            ConfigError: the number is below the run's minimum or above its maximum, or there is no such memory.
         """
         before = self.status()
-        self.roster.scale(target)
+        self.roster.scale(target, None if memory is None else with_memory(self.config, memory))
         return before
 
     def progress(self) -> Progress:
@@ -200,10 +204,13 @@ class Coordinator:
 
     def _carry_out(self, action: Any) -> None:
         match action:
-            case Assign(name, item, start) if name in self.roster.fleet:
-                request = encode_request(item, self.ledger.records(start, item.step) if start < item.step else b"")
-                self.journal.exchanged(sent=len(request))
-                self.inbox.watch(self.roster.fleet.call(name, "work", request), partial(self._answered, name))
+            case Assign(name, item, start, beside) if name in self.roster.fleet:
+                records = self.ledger.records(start, item.step) if start < item.step else b""
+                requests = [encode_request(each, records) for each in (item, *beside)]
+                references = self.roster.fleet.work(name, requests)
+                self.journal.exchanged(sent=len(requests[0]) * len(references))
+                answered, broken = partial(self._answered, name), partial(self._broken, name)
+                Exchange(name, self.inbox, references, len(requests), answered, broken)
             case Assign():
                 # It has ended in this very turn; the kernel will hear of it next.
                 pass
@@ -246,21 +253,20 @@ class Coordinator:
             self._ledger = self.roster.admission.ledger = self._open_ledger(introduction)
         self._first.identity.check(introduction.identity, f"replica {name}")
 
-    def _answered(self, name: str, data: bytes, error: BaseException | None) -> None:
+    def _answered(self, name: str, outcomes: list[Outcome], received: int) -> None:
+        if name in self.roster.fleet:
+            self.journal.exchanged(received=received)
+            self.events += outcomes
+
+    def _broken(self, name: str, error: BaseException | None) -> None:
+        """An assignment has no answer, or one that ends the replica."""
         if name not in self.roster.fleet:
             return
-        if error is None:
-            self.journal.exchanged(received=len(data))
-            try:
-                self.events.append(decode_answer(name, data))
-                return
-            except RunError as nonsense:
-                error = nonsense
-        if isinstance(error, ActorUnavailableError):
+        if isinstance(error, ActorUnavailableError) and self.roster.fleet.width(name) == 1:
             # The request or its answer is lost; the kernel asks again when it is overdue, and may ask another.
             self.journal.say(f"replica {name} cannot be reached for the moment")
             return
-        reason = first_line(fault(error, f"replica {name}"))
+        reason = "one of its processes failed" if error is None else first_line(fault(error, f"replica {name}"))
         self.events.append(ReplicaLost(name, reason))
         # A machine that dies takes all its replicas along: that says nothing about them.
         self.roster.gone(name, reason, fault="its node has died" not in str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +32,47 @@ class Fleet:
 
     def __init__(self, config: RunConfig, snapshots: Path | str, embedded: bool = False) -> None:
         self._config, self._snapshots, self._embedded = config, str(snapshots), embedded
-        self._needs = {"CPU": float(config.threads_per_replica), "GPU": config.gpus_per_replica}
-        self._actors: dict[str, Any] = {}
+        self._needs = config.needs
+        self._actors: dict[str, tuple[Any, ...]] = {}
         self._closed = threading.Event()
         self._announced = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._actors
 
+    def hold(self, config: RunConfig) -> None:
+        """Start replicas with this configuration from now on, which differs in `memory` alone."""
+        self._config, self._needs, self._announced = config, config.needs, 0
+
+    def width(self, name: str) -> int:
+        """How many processes a replica has."""
+        return len(self._actors[name])
+
     def start(self, name: str, node: str) -> None:
-        """Start the process of a replica on a machine."""
-        self._actors[name] = self._create(name, node)
+        """Start the processes of a replica on a machine."""
+        self._actors[name] = tuple(self._create(name, rank, node) for rank in range(self._config.shards))
 
     def end(self, name: str) -> None:
-        """End a replica's process, whatever it is doing."""
-        actor = self._actors.pop(name, None)
-        if actor is not None:
+        """End a replica's processes, whatever they are doing: one may be waiting for another that is dead."""
+        for actor in self._actors.pop(name, ()):
             self._kill(actor)
 
-    def call(self, name: str, method: str, *arguments: Any) -> Reference:
-        """Call a method of `ReplicaActor`; the reference gives its result."""
-        return getattr(self._actors[name], method).remote(*arguments)
+    def call(self, name: str, method: str, *arguments: Any) -> tuple[Reference, ...]:
+        """Call a method of `ReplicaActor` in each of a replica's processes; the references give the results.
+
+        Ray runs what one caller asks of an actor in the order in which it was asked, so all processes of a replica do
+        the same things in the same order, as they must.
+        """
+        return tuple(getattr(actor, method).remote(*arguments) for actor in self._actors[name])
+
+    def introduce(self, name: str) -> tuple[Reference, ...]:
+        """Let a replica load the model and the data; its processes find each other through the first one's meeting."""
+        return self.call(name, "introduce", self._actors[name][0].meet.remote())
+
+    def work(self, name: str, requests: Sequence[bytes]) -> tuple[Reference, ...]:
+        """Send one request to each process; where there are more of these, the others help with the last one's item."""
+        last = len(requests) - 1
+        return tuple(actor.work.remote(requests[min(rank, last)]) for rank, actor in enumerate(self._actors[name]))
 
     def close(self) -> None:
         """End every replica, and stop looking at the cluster."""
@@ -109,7 +129,7 @@ class Fleet:
         have = "; ".join(", ".join(f"{all_of.get(kind, 0):g} {kind}" for kind, _ in wanted) for all_of in alive)
         return ResourceError(
             f"A replica needs {need}, which no machine of the cluster has free; their totals are: {have}.",
-            where="threads_per_replica, gpus_per_replica",
+            where="threads_per_replica, gpus_per_replica, memory.shards",
             advice="ask for less per replica, wait for other work to end, or add machines",
         )
 
@@ -118,7 +138,7 @@ class Fleet:
             return 1 << 16
         return min(int(free.get(kind, 0.0) / amount + 1e-9) for kind, amount in self._needs.items() if amount > 0)
 
-    def _create(self, name: str, node: str) -> Any:
+    def _create(self, name: str, rank: int, node: str) -> Any:
         options = {
             "num_cpus": 0 if self._embedded else self._config.threads_per_replica,
             "num_gpus": self._config.gpus_per_replica,
@@ -128,7 +148,7 @@ class Fleet:
         }
         # Ray makes a class remote at run time, behind the back of any type checker.
         remote: Any = ray.remote(ReplicaActor)
-        return remote.options(**options).remote(name, self._config, self._snapshots)
+        return remote.options(**options).remote(name, self._config, self._snapshots, rank)
 
     def _kill(self, actor: Any) -> None:
         ray.kill(actor)

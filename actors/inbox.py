@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -30,14 +30,26 @@ class Inbox:
         """Let the coordinator's thread do something."""
         self._queue.put(work)
 
-    def watch(self, reference: Reference, then: Callable[[Any, BaseException | None], None]) -> None:
-        """Do `then(value, None)`, or `then(None, error)`, when a result of Ray is there."""
+    def watch(self, references: Sequence[Reference], then: Callable[[list[Any], BaseException | None], None]) -> None:
+        """Do `then(values, None)` when some results of Ray are all there, or `then([], error)` at the first error."""
+        values: dict[int, Any] = {}
 
-        def done(future: Any) -> None:
+        def arrived(index: int, value: Any, error: BaseException | None) -> None:
+            if len(values) == len(references):
+                return
+            values[index] = value
+            if error is not None:
+                values.update(dict.fromkeys(range(len(references))))
+                then([], error)
+            elif len(values) == len(references):
+                then([values[each] for each in range(len(references))], None)
+
+        def done(index: int, future: Any) -> None:
             error = future.exception()
-            self.put(partial(then, None if error else future.result(), error))
+            self.put(partial(arrived, index, None if error else future.result(), error))
 
-        reference.future().add_done_callback(done)
+        for index, reference in enumerate(references):
+            reference.future().add_done_callback(partial(done, index))
 
     def turn(self, seconds: float) -> int:
         """Wait so long for work, then do all there is; returns how much that was."""

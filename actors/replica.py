@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
+import ray
 import torch
+from torch import nn
 
-from zoray.config import RunConfig
+from zoray.config import RunConfig, Zero3Memory
 from zoray.errors import ResourceError, ZorayError
 from zoray.identity import Identity, identify, ledger_header
-from zoray.models import check_lengths, check_tokens, load_model, load_tokenizer
+from zoray.memory.shortage import explain, out_of_memory
+from zoray.memory.world import Meeting, form, lost_touch
+from zoray.models import Make, check_lengths, check_tokens, load_placed, load_tokenizer
+from zoray.partitioned import shape_of
 from zoray.protocol import (
     Answer,
     DigestValue,
@@ -25,6 +32,7 @@ from zoray.protocol import (
     Payload,
     ProbeScalars,
     Refused,
+    SideLoss,
     decode_request,
     encode_answer,
     lacking,
@@ -48,7 +56,8 @@ class Introduction:
         bytes_per_weight: size of a weight.
         eval_shards, eval_examples, tokens_per_example: of the task.
         warnings: what the user should know about the model and the data.
-        host, pid: of its process.
+        host, pid: of the process.
+        pids: of all the replica's processes.
     """
 
     identity: Identity
@@ -62,40 +71,52 @@ class Introduction:
     warnings: tuple[str, ...]
     host: str
     pid: int
+    pids: tuple[int, ...] = ()
 
 
 class ReplicaActor:
-    """One replica in one process. A plain class; the fleet makes it remote.
+    """One replica in one process, or one of the processes of a sharded one. A plain class; the fleet makes it remote.
+
+    The processes of a sharded replica are asked for the same things in the same order; only the probes and evaluations
+    they run at the same time differ.
 
     Args:
         name: of the replica, for messages.
         config: of the run.
         snapshots: folder or URI where the run keeps its snapshots.
+        rank: of the process among those of the replica.
     """
 
-    def __init__(self, name: str, config: RunConfig, snapshots: str) -> None:
+    def __init__(self, name: str, config: RunConfig, snapshots: str, rank: int = 0) -> None:
         torch.set_num_threads(config.threads_per_replica)
-        self.name, self.config, self.snapshots = name, config, snapshots
+        self.name, self.config, self.snapshots, self.rank = name, config, snapshots, rank
+        self._who = f"replica {name}" + (f", process {rank} of {config.shards}" if config.shards > 1 else "")
         self._run, self._head = "", b""
         self._heard = _Heard()
         logging.getLogger("zoray").addHandler(self._heard)
 
-    def introduce(self) -> Introduction:
+    def meet(self) -> str | None:
+        """Open the place where the replica's processes find each other, if they must; asked of the first of them."""
+        if not isinstance(self.config.memory, Zero3Memory):
+            return None
+        self._meeting = Meeting(str(ray.util.get_node_ip_address()))  # type: ignore[no-untyped-call]
+        return self._meeting.place
+
+    def introduce(self, meeting: str | None = None) -> Introduction:
         """Load the model and the data and prove the paths of the forward, on the run's own first batch.
 
+        Args:
+            meeting: where the processes of a sharded replica find each other.
+
         Raises:
-            ZorayError: the model, the data or the configuration do not fit each other.
+            ZorayError: the model, the data or the configuration do not fit each other, or there is too little memory.
         """
-        config = self.config
+        config, doing = self.config, "loading the model"
         try:
-            tokenizer = load_tokenizer(config)
-            self.task = load_task(config, tokenizer)
-            model = load_model(config, num_labels=self.task.num_labels, id2label=self.task.id2label)
-            check_lengths(config, model)
-            check_tokens(self.task, model)
-            if config.gpus_per_replica > 0:
-                model.to("cuda")
-            self.device = next(model.parameters()).device
+            if meeting is not None:
+                form(meeting, self.rank, config.shards, accelerator=config.gpus_per_replica > 0)
+            model, memory = self._load()
+            doing = "its first forwards"
             self.replica = Replica(
                 model,
                 config.seed,
@@ -103,16 +124,16 @@ class ReplicaActor:
                 rank=config.direction.rank,
                 signs=config.signs,
                 head=config.head,
+                memory=memory,
             )
             self.replica.prove(self._batch(Item(Kind.PROBE, 0)), config.epsilon)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ResourceError(
-                f"There is not enough memory for a replica: {error}",
-                where=f"replica {self.name}",
-                advice="use fewer replicas per machine, a shorter dtype or a smaller per_direction_batch_size",
-            ) from error
+        except Exception as error:
+            if out_of_memory(error):
+                batched = None if doing == "loading the model" else config.signs != "sequential"
+                raise explain(error, config, f"{self._who}, {doing}", batched) from error
+            raise self._alone(error) or error from error
         identity = identify(self.replica, self.task.digest, config)
-        sizes = [p.numel() for p in model.parameters()]
+        sizes = [math.prod(shape_of(p)) for p in model.parameters()]
         return Introduction(
             identity=identity,
             header=ledger_header(config, identity, self.task),
@@ -125,6 +146,26 @@ class ReplicaActor:
             warnings=(*self.task.warnings, *self._heard.take()),
             host=os.uname().nodename,
             pid=os.getpid(),
+        )
+
+    def _load(self) -> tuple[nn.Module, Make]:
+        config = self.config
+        self.task = load_task(config, load_tokenizer(config))
+        task = self.task
+        model, memory = load_placed(config, self.name, num_labels=task.num_labels, id2label=task.id2label)
+        check_lengths(config, model)
+        check_tokens(task, model)
+        self.device = torch.device("cuda" if config.gpus_per_replica > 0 else "cpu")
+        return model, memory
+
+    def _alone(self, error: Exception) -> ResourceError | None:
+        """What to say when another process of the replica is gone; None if an error means something else."""
+        if self.config.shards == 1 or not lost_touch(error):
+            return None
+        return ResourceError(
+            f"{self._who} has lost the others: {error}",
+            where="memory",
+            advice="one of them has died: its log says why; the replica is built anew",
         )
 
     def find_snapshots(self) -> tuple[dict[int, str | None], tuple[str, ...]]:
@@ -177,7 +218,16 @@ class ReplicaActor:
             return encode_answer(Answer(self.name, item, self._run_item(item, applied)))
         except (ZorayError, RuntimeError, OSError, MemoryError, ValueError) as error:
             logging.getLogger(__name__).exception("%s", item)
-            return encode_answer(Failed(self.name, item, f"{type(error).__name__}: {error}"))
+            if (alone := self._alone(error)) is not None:
+                # That says nothing about the item: it is no answer, and another replica will give one.
+                raise alone from error
+            if out_of_memory(error):
+                verdict = self.replica.verdict
+                return self._failed(item, explain(error, self.config, self._who, verdict is None or verdict.batched))
+            return self._failed(item, error)
+
+    def _failed(self, item: Item, error: Exception) -> bytes:
+        return encode_answer(Failed(self.name, item, f"{type(error).__name__}: {error}"))
 
     def memory(self) -> dict[str, int]:
         """Bytes this process takes: `resident` now, `peak` so far, and of an accelerator what it has `reserved`."""
@@ -194,6 +244,11 @@ class ReplicaActor:
                 item.step, item.direction, self._batch(item), self.config.epsilon, item.microbatch
             )
             return ProbeScalars(result.projected_gradient, result.loss, applied, time.perf_counter() - started)
+        if item.kind.probing:
+            started = time.perf_counter()
+            sign: Literal[1, -1] = 1 if item.kind is Kind.PLUS else -1
+            loss = self.replica.side(item.step, item.direction, self._batch(item), self.config.epsilon, sign)
+            return SideLoss(loss, applied, time.perf_counter() - started)
         if item.kind is Kind.EVAL:
             return self._evaluate(item.shard)
         if item.kind is Kind.SNAPSHOT:

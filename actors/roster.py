@@ -89,7 +89,7 @@ class Roster:
         )
         minimum, maximum, wanted = config.replica_limits
         if embedded and maximum is not None:
-            wanted = max(minimum, min(maximum, (os.cpu_count() or 1) // config.threads_per_replica))
+            wanted = max(minimum, min(maximum, (os.cpu_count() or 1) // int(config.needs["CPU"])))
         # Where there is only one machine, there is no other to prefer.
         avoided = {"node_strikes": 1 << 30} if embedded else {}
         policy = Policy(minimum, maximum, settled_after=_SETTLED, hopeless_after=_ATTEMPTS, **avoided)
@@ -136,14 +136,25 @@ class Roster:
         """Replicas in a phase."""
         return sum(slot.phase is phase for slot in self.members.slots.values())
 
-    def scale(self, target: int) -> None:
+    def scale(self, target: int, config: RunConfig | None = None) -> None:
         """Change how many replicas there should be; may be called from any thread.
+
+        Args:
+            target: in all.
+            config: of those that are started from now on; None: as it was.
 
         Raises:
             ConfigError: the number is below the run's minimum or above its maximum.
         """
         check_target(self.members.policy, target)
+        if config is not None:
+            self._inbox.put(partial(self._hold, config))
         self._inbox.put(partial(self._rebalance, ScaleRequested(target)))
+
+    def _hold(self, config: RunConfig) -> None:
+        """Start replicas with another memory from now on; what room the machines have for them must be seen anew."""
+        self.fleet.hold(config)
+        self._rebalance(NodesSeen(self.fleet.machines()))
 
     def gone(self, name: str, reason: str, fault: bool) -> None:
         """End a replica's process, if it has not ended; a fault counts against its machine."""
@@ -157,10 +168,11 @@ class Roster:
                 self._weighing.add(name)
                 self._inbox.watch(self.fleet.call(name, "memory"), partial(self._weighed, name))
 
-    def _weighed(self, name: str, memory: Any, error: BaseException | None) -> None:
+    def _weighed(self, name: str, memories: list[dict[str, int]], error: BaseException | None) -> None:
         self._weighing.discard(name)
         if error is None and name in self.fleet:
-            self._journal.exporter.weighed(name, memory)
+            total = {kind: sum(each[kind] for each in memories) for kind in memories[0]}
+            self._journal.exporter.weighed(name, total)
 
     def restart_newcomers(self, reason: str) -> None:
         """Begin anew with the replicas that are not ready yet."""
@@ -213,7 +225,7 @@ class Roster:
 
     def _ready(self, name: str, step: int) -> None:
         self._journal.say(f"replica {name} joins with the weights of step {step}")
-        self._tell(ReplicaReady(name, step))
+        self._tell(ReplicaReady(name, step, self.fleet.width(name)))
         self._rebalance(ReplicaJoined(name))
 
     def _failed(self, name: str, error: ZorayError) -> None:

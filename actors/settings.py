@@ -42,4 +42,6 @@ def settings(config: RunConfig, eval_shards: int) -> Settings:
         snapshot_patience=STORE_PATIENCE if is_uri(config.snapshot_dir or "") else 0.0,
         digest_every=config.digest_every,
         max_skipped_steps=config.max_skipped_steps,
+        split_signs=config.split_signs,
+        epsilon=config.epsilon,
     )

@@ -23,7 +23,8 @@ class ReplicaStatus:
         name: r0, r1, ...; never used twice in a run.
         state: "starting" (loads the model, replays), "active" or "leaving".
         node: id of its machine, hexadecimal.
-        host, pid: of its process, once it has introduced itself.
+        host, pid: of its (first) process, once it has introduced itself.
+        pids: of all its processes.
         step: the step its weights are known to be at; None while it starts.
         lag: committed steps it has not been seen to hold.
         item: what it runs, in words.
@@ -35,6 +36,7 @@ class ReplicaStatus:
     node: str
     host: str | None
     pid: int | None
+    pids: tuple[int, ...]
     step: int | None
     lag: int | None
     item: str | None
@@ -88,6 +90,7 @@ def describe(
                 node=slot.node,
                 host=known.host if known else None,
                 pid=known.pid if known else None,
+                pids=known.pids if known else (),
                 step=member.held if member else None,
                 lag=state.step - member.held if state and member else None,
                 item=str(member.item) if member and member.item else None,

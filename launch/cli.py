@@ -249,15 +249,22 @@ def watch(run: Run, output_dir: Runs = "runs", address: Address = None) -> None:
 def scale(
     run: Run,
     replicas: Annotated[int, typer.Argument(help="How many replicas there should be.")],
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Section `memory` of replicas that are started from now on, e.g. '{kind: zero3, shards: 2}'."
+        ),
+    ] = None,
     output_dir: Runs = "runs",
     address: Address = None,
 ) -> None:
-    """Change the number of replicas while a run goes on; its result stays the same."""
-    if _over_http(address, "scale", run, *_flags(False, output_dir), "--", str(replicas)):
+    """Change the number of replicas, or how new ones are held, while a run goes on; its result stays the same."""
+    chosen = [] if memory is None else ["--memory", memory]
+    if _over_http(address, "scale", run, *_flags(False, output_dir), *chosen, "--", str(replicas)):
         return
     from launch.status import scale as change
 
-    change(run, replicas, output_dir, address)
+    change(run, replicas, output_dir, address, memory)
 
 
 @app.command()

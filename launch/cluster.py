@@ -57,7 +57,7 @@ def connect(config: RunConfig) -> Place:
         return Place(f"the Ray cluster at {address}", embedded=False)
     cores = os.cpu_count() or 1
     minimum, maximum, wanted = config.replica_limits
-    threads = (wanted if maximum is None else minimum) * config.threads_per_replica
+    threads = (wanted if maximum is None else minimum) * int(config.needs["CPU"])
     # Not one that `ray start` has left behind here: whoever means that one says so by RAY_ADDRESS.
     ray.init(
         address="local",

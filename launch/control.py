@@ -51,13 +51,17 @@ class Run:
         """
         return self._ask("status", wait)  # type: ignore[no-any-return]
 
-    def scale(self, replicas: int) -> RunStatus:
+    def scale(self, replicas: int, memory: str | None = None) -> RunStatus:
         """Change how many replicas there should be. The run goes on meanwhile, and its result does not change.
 
+        Args:
+            replicas: in all.
+            memory: section `memory`, as YAML, of the replicas that are started from now on; None: as it was.
+
         Raises:
-            ConfigError: fewer than the run's minimum or more than its maximum.
+            ConfigError: fewer than the run's minimum or more than its maximum, or no such section.
         """
-        return self._ask("scale", replicas)  # type: ignore[no-any-return]
+        return self._ask("scale", replicas, memory)  # type: ignore[no-any-return]
 
     def stop(self) -> None:
         """End the run at the next step boundary; it can be resumed. Asked twice, it ends without comparing digests."""

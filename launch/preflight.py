@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from zoray.config import CausalLMTask, ClassificationTask, RunConfig
+from zoray.config import CausalLMTask, ClassificationTask, RunConfig, Zero3Memory
 from zoray.errors import ResourceError, RunError
 from zoray.runs import RunFolder
 from zoray.stores import shown
@@ -119,7 +119,7 @@ def check_memory(config: RunConfig) -> None:
     weights = count_weights(Path(config.model))
     if weights is None or os.environ.get("RAY_ADDRESS") or config.gpus_per_replica:
         return
-    each = weights * _WIDTH[config.dtype] + PROCESS_BYTES
+    each = host_bytes(config, weights)
     free = psutil.virtual_memory().available
     minimum, maximum, wanted = config.replica_limits
     replicas = wanted if maximum is None else minimum
@@ -130,6 +130,12 @@ def check_memory(config: RunConfig) -> None:
             where="replicas",
             advice=f"use at most {free // each} replicas on this machine, or a shorter dtype",
         )
+
+
+def host_bytes(config: RunConfig, weights: int) -> int:
+    """What one replica takes of a machine's memory, but for activations; weights in files are in its page cache."""
+    in_files = isinstance(config.memory, Zero3Memory) and config.memory.offload == "nvme"
+    return (0 if in_files else weights * _WIDTH[config.dtype]) + PROCESS_BYTES * config.shards
 
 
 def count_weights(folder: Path) -> int | None:

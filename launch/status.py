@@ -58,17 +58,18 @@ def listing(as_json: bool, output_dir: str, address: str | None) -> None:
     (console if console.is_terminal else Console(width=160)).print(table)
 
 
-def scale(run: str, replicas: int, output_dir: str, address: str | None) -> None:
-    """Change how many replicas a run in progress should have.
+def scale(run: str, replicas: int, output_dir: str, address: str | None, memory: str | None = None) -> None:
+    """Change how many replicas a run in progress should have, and how those started from now on are held.
 
     Raises:
         RunError: there is no such run in progress.
-        ConfigError: fewer than its minimum or more than its maximum.
+        ConfigError: fewer than its minimum or more than its maximum, or `memory` is no such section.
     """
     with attach(run, output_dir, address) as live:
-        before = live.scale(replicas)
+        before = live.scale(replicas, memory)
     have = sum(replica.state == "active" for replica in before.replicas)
     change = "as before" if replicas == before.target else f"instead of {before.target}"
+    change += "" if memory is None else f", new ones held by {memory}"
     text = f"{live.name}: {replicas} {'replica' if replicas == 1 else 'replicas'} wanted, {change}; {have} at work"
     Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
@@ -139,7 +140,7 @@ def replica_table(status: RunStatus, most: int | None = None) -> Table:
 
 
 def _replica_row(replica: ReplicaStatus) -> tuple[str, ...]:
-    process = f"{replica.pid} on {replica.host}" if replica.pid is not None else "-"
+    process = f"{', '.join(map(str, replica.pids))} on {replica.host}" if replica.pids else "-"
     step, lag = ("-", "-") if replica.step is None else (str(replica.step), str(replica.lag))
     return (
         replica.name, replica.state, clock(replica.seconds), step, lag, replica.item or "-", process, replica.node[:8],

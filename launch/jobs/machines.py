@@ -65,7 +65,7 @@ def check_offers(config: RunConfig) -> None:
     what = "worker group" if groups is not None else "machine"
     raise ResourceError(
         f"A replica needs {need}, which no {what} of the cluster offers; it has: {counted}.",
-        where="gpus_per_replica, threads_per_replica",
+        where="gpus_per_replica, threads_per_replica, memory.shards",
         advice="ask for less per replica, or add a worker group that has it",
     )
 
@@ -209,8 +209,7 @@ def _no_zoray(host: str, error: Exception) -> ResourceError:
 
 
 def _needs(config: RunConfig) -> dict[str, float]:
-    needs = {"CPU": float(config.threads_per_replica), "GPU": config.gpus_per_replica}
-    return {kind: amount for kind, amount in needs.items() if amount > 0}
+    return {kind: amount for kind, amount in config.needs.items() if amount > 0}
 
 
 def _alive() -> list[dict[str, Any]]:

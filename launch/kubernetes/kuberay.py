@@ -17,7 +17,7 @@ _GROUP = "workers"
 
 def workers(config: RunConfig) -> Workers:
     """The pods that hold the replicas of a run, each whole number of GPUs or shares of one."""
-    gpus = config.gpus_per_replica
+    gpus = config.needs["GPU"]
     share = int(1 / gpus + 1e-9) if 0 < gpus < 1 else 1
     least, most, wanted = config.replica_limits
 
@@ -25,7 +25,7 @@ def workers(config: RunConfig) -> Workers:
         return math.ceil(replicas / share)
 
     return Workers(
-        cpus=config.threads_per_replica * share,
+        cpus=int(config.needs["CPU"]) * share,
         gpus=math.ceil(gpus),
         replicas_per_pod=share,
         minimum=count(least),

@@ -15,7 +15,7 @@ import yaml
 from launch.kubernetes.kuberay import objects
 from launch.kubernetes.pods import METRICS_PORT, MOUNT, Cluster, release
 from launch.kubernetes.rules import MAX_NAME, violations
-from launch.preflight import PROCESS_BYTES, count_weights
+from launch.preflight import count_weights, host_bytes
 from zoray import __version__
 from zoray.config import RunConfig, load
 from zoray.errors import ConfigError
@@ -28,7 +28,6 @@ _QUANTITY = re.compile(r"([1-9]\d*)([KMGTPE]i|[kMGTPE])?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
     f"{letter}i": 1 << 10 * power for power, letter in enumerate("KMGTPE", start=1)
 }
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def render(config_path: str, overrides: list[str], **settings: Any) -> None:
@@ -191,11 +190,11 @@ def _check_config(config: RunConfig, cluster: Cluster) -> None:
     match = _QUANTITY.fullmatch(cluster.memory)
     assert match is not None
     memory = int(match[1]) * _UNITS[match[2] or ""]
-    size = (weights or 0) * _WIDTH[config.dtype]
-    if size + PROCESS_BYTES > memory:
+    size, processes = host_bytes(config, weights or 0), host_bytes(config, 0)
+    if size > memory:
         raise ConfigError(
-            f"{cluster.memory} are too little for a replica: its weights take {size / 2**30:.1f} GiB, its process "
-            f"{PROCESS_BYTES / 2**30:.1f} GiB.",
+            f"{cluster.memory} are too little for a replica: its weights take {(size - processes) / 2**30:.1f} GiB, "
+            f"its {'process' if config.shards == 1 else 'processes'} {processes / 2**30:.1f} GiB.",
             where="--memory",
             advice="give each replica more memory, or use a shorter dtype",
         )

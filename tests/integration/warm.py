@@ -10,13 +10,16 @@ from zoray.config import RunConfig
 
 
 class WarmReplica:
-    """A process that is one replica after the other."""
+    """A process that is one replica after the other; resident ones, for DeepSpeed takes one model per process."""
 
     def become(self, name: str, config: RunConfig, snapshots: str) -> None:
         self.actor = ReplicaActor(name, config, snapshots)
 
-    def introduce(self) -> Introduction:
-        return self.actor.introduce()
+    def meet(self) -> str | None:
+        return self.actor.meet()
+
+    def introduce(self, meeting: str | None) -> Introduction:
+        return self.actor.introduce(meeting)
 
     def find_snapshots(self) -> tuple[dict[int, str | None], tuple[str, ...]]:
         return self.actor.find_snapshots()
@@ -46,7 +49,7 @@ class WarmFleet(Fleet):
 
     idle: list[Any]
 
-    def _create(self, name: str, node: str) -> Any:
+    def _create(self, name: str, rank: int, node: str) -> Any:
         import ray
 
         remote: Any = ray.remote(WarmReplica)

@@ -29,7 +29,7 @@ CURVE = tuple((float(step), 4.0 - step / 50) for step in range(100))
 
 
 def replica(name: str, state: str = "active", **keys: Any) -> ReplicaStatus:
-    whole = ReplicaStatus(name, state, "abcdef0123456789", "host", 77, 100, 0, "probe of step 100", 5.0)
+    whole = ReplicaStatus(name, state, "abcdef0123456789", "host", 77, (77,), 100, 0, "probe of step 100", 5.0)
     return replace(whole, **keys)
 
 

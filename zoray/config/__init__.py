@@ -7,7 +7,7 @@ keys in which two configurations describe a different computation.
 from __future__ import annotations
 
 from zoray.config.compare import changed, mathematics, schedule_needs_max_steps
-from zoray.config.load import dump, load
+from zoray.config.load import dump, load, with_memory
 from zoray.config.schema import RunConfig, TrackerName
 from zoray.config.sections import (
     CausalLMTask,
@@ -38,4 +38,5 @@ __all__ = [
     "load",
     "mathematics",
     "schedule_needs_max_steps",
+    "with_memory",
 ]

@@ -44,6 +44,21 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
         raise explain(error, document) from None
 
 
+def with_memory(config: RunConfig, text: str) -> RunConfig:
+    """The configuration with another section `memory`, given as YAML.
+
+    Raises:
+        ConfigError: it is no such section.
+    """
+    given = f"--memory {text}"
+    data = {**config.model_dump(mode="json"), "memory": parse_value(text, given)}
+    document = Document(Path("the command line"), data, {}, {("memory",): given})
+    try:
+        return RunConfig.model_validate(document.data)
+    except ValidationError as error:
+        raise explain(error, document) from None
+
+
 def dump(config: RunConfig) -> str:
     """The configuration as YAML, with every key; `load` reads it back to an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))

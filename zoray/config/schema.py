@@ -84,6 +84,11 @@ class RunConfig(Section):
     )  # fmt: skip
     directions: int = key(16, "Directions probed per step, whatever the number of replicas.", mathematics=True, ge=1)
     microbatches: int = key(1, "Batches each direction is probed on.", mathematics=True, ge=1, le=2**31 - 1)
+    shared_batches: bool = key(
+        False,
+        "All directions of a step are probed on the same batches; else each direction has its own.",
+        mathematics=True,
+    )
     per_direction_batch_size: int = key(16, "Examples in the batch of one probe.", mathematics=True, ge=1)
     learning_rate: float = key(1e-6, "Learning rate, before the schedule.", mathematics=True, ge=0)
     lr_scheduler_type: Literal[
@@ -113,6 +118,12 @@ class RunConfig(Section):
         "Both signs of a probe in one forward (`batched`) or in two (`sequential`). `auto` is batched where the proof "
         "at the start of the run holds.",
         mathematics=True,
+    )
+    split_signs: bool = key(
+        False,
+        "The two forwards of a probe are handed out one by one, so that two replicas can share it: twice as many "
+        "pieces of half the length, for steps of few probes. Needs `signs: sequential`, whose result it gives.",
+        mathematics=False,
     )
     head: Literal["auto", "chunked", "full"] = key(
         "auto",
@@ -218,6 +229,11 @@ class RunConfig(Section):
         return self.memory.shards if isinstance(self.memory, Zero3Memory) else 1
 
     @property
+    def needs(self) -> dict[str, float]:
+        """Processors and accelerators of one replica, all of its processes together."""
+        return {"CPU": float(self.threads_per_replica * self.shards), "GPU": self.gpus_per_replica * self.shards}
+
+    @property
     def snapshots_kept(self) -> int | None:
         """How many snapshots are kept; None: all."""
         return self.save_total_limit if self.save_total_limit or self.save_steps else 2
@@ -265,6 +281,12 @@ class RunConfig(Section):
                 "weight_decay",
                 f"1 - learning_rate * weight_decay is {decay:g}, which is not positive.",
                 "Lower weight_decay or learning_rate.",
+            )
+        if self.split_signs and self.signs != "sequential":
+            raise fault(
+                "split_signs",
+                f"Signs can be split between replicas only if they take two forwards, and signs is {self.signs}.",
+                "Set signs to sequential, or leave split_signs out.",
             )
         if self.eval_steps is not None and self.task.eval is None:
             raise fault("eval_steps", "eval_steps is given, but task.eval is not.", "Name held-out data in task.eval.")

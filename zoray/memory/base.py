@@ -82,8 +82,12 @@ class Memory(ABC):
         """
         try:
             yield
-        except BaseException:
-            self.settle()
+        except BaseException as error:
+            try:
+                self.settle()
+            except RuntimeError as second:
+                # The first says why. What cannot be let go of now stops the next update as well.
+                error.add_note(f"copies of weights are left behind: {second}")
             raise
 
     def apply(self, commits: Sequence[Commit]) -> None:

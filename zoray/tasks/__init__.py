@@ -33,14 +33,18 @@ def load_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
 
 
 def batch_for(task: Task, config: RunConfig, step: int, direction: int, microbatch: int) -> Batch:
-    """The batch of the probe (step, direction, microbatch), of `per_direction_batch_size` rows."""
+    """The batch of the probe (step, direction, microbatch), of `per_direction_batch_size` rows.
+
+    With `shared_batches` it is the same for all directions.
+    """
+    shared = config.shared_batches
     ids = sample_ids(
         config.seed,
         task.train_size,
         step,
-        direction,
+        0 if shared else direction,
         microbatch,
-        directions=config.directions,
+        directions=1 if shared else config.directions,
         microbatches=config.microbatches,
         batch_size=config.per_direction_batch_size,
     )
