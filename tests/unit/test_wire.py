@@ -19,6 +19,7 @@ from zoray.protocol import (
     Kind,
     ProbeScalars,
     Refused,
+    SideLoss,
     decode_answer,
     decode_request,
     encode_answer,
@@ -34,6 +35,8 @@ PAYLOADS = {
     Kind.EVAL: st.builds(EvalSums, st.floats(allow_nan=False), st.floats(allow_nan=False), u32, u32),
     Kind.SNAPSHOT: st.builds(DigestValue, st.integers(0, 2**128 - 1)),
     Kind.DIGEST: st.builds(DigestValue, st.integers(0, 2**128 - 1)),
+    Kind.PLUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
+    Kind.MINUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
 }
 answers = items.flatmap(lambda item: st.builds(Answer, st.just("r1"), st.just(item), PAYLOADS[item.kind]))
 refusals = st.builds(Refused, st.just("r1"), items, st.integers(0, 2**64 - 1), st.text(max_size=50))

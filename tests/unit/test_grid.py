@@ -1,0 +1,181 @@
+"""Directions × microbatches × signs as assignments: replicas of several processes, probes whose signs are split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_protocol import Driver, of, probe, settings
+from zoray.aggregate import ProbeResult
+from zoray.protocol import (
+    Action,
+    Answer,
+    AppendCommit,
+    Assign,
+    CommitDurable,
+    DigestValue,
+    EvalSums,
+    Failed,
+    Finish,
+    Item,
+    Kind,
+    ProbeScalars,
+    Refused,
+    Release,
+    ReplicaLost,
+    ReplicaReady,
+    SideLoss,
+    Tick,
+)
+
+
+def join(run: Driver, name: str, width: int) -> list[Assign]:
+    return of(Assign, run.feed(ReplicaReady(name, 0, width)))
+
+
+def everything(assign: Assign) -> tuple[Item, ...]:
+    return assign.item, *assign.beside
+
+
+def bundles(actions: Iterable[Action]) -> list[tuple[str, list[int]]]:
+    return [(a.replica, [item.part for item in everything(a)]) for a in of(Assign, actions)]
+
+
+def losses(item: Item) -> tuple[float, float]:
+    """The losses on both sides of a probe's direction: a function of its address."""
+    base = 2.0 + 0.1 * item.microbatch
+    return base + 0.01 * (item.part + 1), base - 0.02 * item.part
+
+
+def answer(run: Driver, name: str, item: Item) -> tuple[Action, ...]:
+    plus, minus = losses(item)
+    match item.kind:
+        case Kind.PROBE:
+            both = ProbeResult.of_losses(item.step, item.part, item.microbatch, plus, minus, 1e-3)
+            return run.feed(Answer(name, item, ProbeScalars(both.projected_gradient, both.loss, 0.0, 0.0)))
+        case Kind.PLUS | Kind.MINUS:
+            return run.feed(Answer(name, item, SideLoss(plus if item.kind is Kind.PLUS else minus, 0.0, 0.0)))
+        case Kind.EVAL:
+            return run.feed(Answer(name, item, EvalSums(4.0, 9.0, 2, 1)))
+    return run.feed(Answer(name, item, DigestValue(7)))
+
+
+def play(run: Driver, assigned: list[Assign]) -> Driver:
+    """Answer everything until nothing is left to do."""
+    todo = [(a.replica, item) for a in assigned for item in everything(a)]
+    while todo:
+        actions = list(answer(run, *todo.pop(0)))
+        for commit in of(AppendCommit, actions):
+            actions += run.feed(CommitDurable(commit.commit.step))
+        todo += [(a.replica, item) for a in of(Assign, actions) for item in everything(a)]
+    return run
+
+
+def commits(run: Driver) -> list[bytes]:
+    assert of(Finish, run.log)[-1].reason == "done"
+    return [action.commit.encode() for action in of(AppendCommit, run.log)]
+
+
+def test_a_wide_replica_is_given_as_many_probes_as_it_has_processes() -> None:
+    run = Driver(settings(directions=7))
+    assert bundles(join(run, "a", 3)) == [("a", [0, 1, 2])]
+    assert bundles(join(run, "b", 1)) == [("b", [3])]
+    assert bundles(answer(run, "a", probe(0, 1))) == bundles(answer(run, "a", probe(0, 0))) == []
+    assert bundles(answer(run, "a", probe(0, 2))) == [("a", [4, 5, 6])]
+
+
+def test_probes_and_evaluations_are_not_run_at_the_same_time() -> None:
+    run = Driver(settings(directions=3, eval_shards=2))
+    (first,) = join(run, "a", 4)
+    assert [item.kind for item in everything(first)] == [Kind.EVAL, Kind.EVAL]
+    given = [of(Assign, answer(run, "a", item)) for item in everything(first)]
+    assert [[item.kind for item in everything(a)] for a in given[1]] == [[Kind.PROBE] * 3] and given[0] == []
+
+
+def test_snapshots_and_digests_are_the_whole_replicas() -> None:
+    run = Driver(settings(max_steps=2, directions=4, save_steps=1))
+    play(run, join(run, "a", 4))
+    alone = [a for a in of(Assign, run.log) if a.item.kind in (Kind.SNAPSHOT, Kind.DIGEST)]
+    assert alone and not any(a.beside for a in alone)
+
+
+def test_a_lost_groups_probes_go_to_others() -> None:
+    run = Driver(settings(directions=4))
+    join(run, "a", 3), join(run, "b", 1)
+    answer(run, "a", probe(0, 1))
+    run.feed(ReplicaLost("a", "one of its processes died"))
+    assert bundles(join(run, "c", 3)) == [("c", [0, 2])]
+
+
+def test_a_refusal_takes_back_all_that_ran_beside_it() -> None:
+    run = Driver(settings(directions=3))
+    join(run, "a", 3)
+    actions = run.feed(Refused("a", probe(0, 1), 0, "a commit is missing"))
+    assert bundles(actions) == [("a", [0, 1, 2])]
+    assert run.state.members["a"].misses == 1
+
+
+def test_a_failure_of_one_item_leaves_the_others_running() -> None:
+    run = Driver(settings(directions=3))
+    join(run, "a", 3)
+    assert bundles(run.feed(Failed("a", probe(0, 1), "out of memory"))) == []
+    assert bundles(join(run, "b", 1)) == [("b", [1])]
+    answer(run, "a", probe(0, 0)), answer(run, "b", probe(0, 1))
+    assert of(AppendCommit, answer(run, "a", probe(0, 2)))
+
+
+def test_an_item_that_breaks_group_after_group_ends_the_run() -> None:
+    run = Driver(settings(directions=2))
+    for name in ("a", "b", "c"):
+        join(run, name, 2)
+        actions = run.feed(Failed(name, probe(0, 1), "out of memory"))
+        run.feed(ReplicaLost(name, "one of its processes failed"))
+    (finish,) = of(Finish, actions)
+    assert finish.reason == "failed" and "out of memory" in finish.text
+
+
+def test_late_probes_are_given_again_together() -> None:
+    run = Driver(settings(directions=2, first_deadline=10.0))
+    join(run, "a", 2), join(run, "b", 2)
+    assert bundles(run.feed(Tick(), now=11.0)) == [("b", [0, 1])]
+    assert run.state.counters.late == 2
+
+
+def test_a_silent_group_is_released_as_one() -> None:
+    run = Driver(settings(directions=2, first_deadline=10.0, max_misses=1))
+    join(run, "a", 2)
+    (release,) = of(Release, run.feed(Tick(), now=21.0))
+    assert release.cause == "silent"
+    assert bundles(join(run, "b", 2)) == [("b", [0, 1])]
+
+
+@given(
+    directions=st.integers(1, 5),
+    microbatches=st.integers(1, 3),
+    widths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    split=st.booleans(),
+)
+def test_the_ledger_is_the_same_whatever_the_assignment(
+    directions: int, microbatches: int, widths: list[int], split: bool
+) -> None:
+    keys = {"directions": directions, "microbatches": microbatches}
+    alone = Driver(settings(**keys))
+    expected = commits(play(alone, join(alone, "r", 1)))
+    run = Driver(settings(**keys, split_signs=split))
+    started = [a for i, width in enumerate(widths) for a in join(run, f"r{i}", width)]
+    assert commits(play(run, started)) == expected
+
+
+@pytest.mark.parametrize("name", ["plus", "minus"])
+def test_a_loss_that_is_not_finite_on_one_side_leaves_the_direction_out(name: str) -> None:
+    run = Driver(settings(directions=2, split_signs=True))
+    (assign,) = join(run, "a", 4)
+    actions: tuple[Action, ...] = ()
+    for item in everything(assign):
+        broken = item.part == 1 and item.kind.name.lower() == name
+        actions = run.feed(Answer("a", item, SideLoss(float("inf") if broken else 1.0 + item.kind, 0.0, 0.0)))
+    (commit,) = of(AppendCommit, actions)
+    assert [term[2] for term in commit.commit.terms][1] == 0 != commit.commit.terms[0][2]
