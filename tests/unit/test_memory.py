@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reports(folder: Path) -> list[dict[str, Any]]:
     """What the processes report of all worlds; 40 s on two quiet cores, several times that beside other tests."""
-    command = [sys.executable, "-m", "tests.unit.shards"]
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.unit.shards"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     logs = [folder / f"log-{rank}" for rank in range(max(size for _, size in shards.WORLDS))]
     processes = [
@@ -67,9 +67,11 @@ def reports(folder: Path) -> list[dict[str, Any]]:
         for process in processes:
             process.kill()
             process.wait()
-    assert codes == [0] * len(codes), "\n".join(log.read_text()[-3000:] for log in logs)
-    lines = [line for rank in range(len(logs)) for line in (folder / f"report-{rank}.jsonl").read_text().splitlines()]
-    return [json.loads(line) for line in lines]
+    told = [(folder / f"report-{rank}.jsonl").read_text().splitlines() for rank in range(len(logs))]
+    for rank, code in enumerate(codes):
+        last = told[rank][-1] if told[rank] else "nothing"
+        assert code == 0, f"process {rank} ended with {code} after {last}:\n{logs[rank].read_text()[-6000:]}"
+    return [json.loads(line) for lines in told for line in lines]
 
 
 CASES = [(backend, size, check) for (backend, size), checks in shards.WORLDS.items() for check in checks]

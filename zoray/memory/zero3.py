@@ -157,6 +157,9 @@ class Zero3(Memory):
         for hook in self._hooks.backward_hooks:
             hook.remove()
         self._shield()
+        for buffer in model.buffers():
+            # DeepSpeed's engine, which is not used, would have moved them.
+            buffer.data = buffer.data.to(self._device)
         self._parameters = trainable_parameters(model)
 
     def shards(self, writing: bool = False) -> Iterator[Shard]:
