@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from zoray.config import CausalLMTask, ClassificationTask, RunConfig, Zero3Memory
-from zoray.errors import ResourceError, RunError
+from zoray.errors import ConfigError, ResourceError, RunError
 from zoray.runs import RunFolder
 from zoray.stores import shown
 
@@ -86,6 +87,23 @@ def check_trackers(config: RunConfig) -> None:
 
     if not os.environ.get("RAY_ADDRESS"):
         require(config)
+
+
+def check_libraries(config: RunConfig) -> None:
+    """Refuse sharded replicas without what they need, where they will run on this machine.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    if os.environ.get("RAY_ADDRESS") or not isinstance(config.memory, Zero3Memory):
+        return
+    for package in ("deepspeed", "accelerate"):
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"Sharded replicas need {package}, which is not installed.",
+                where="memory",
+                advice="Install it: pip install 'zoray[zero3]'.",
+            )
 
 
 def check_port(config: RunConfig) -> None:

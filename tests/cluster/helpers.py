@@ -80,9 +80,9 @@ class Machines:
         self.nodes: list[str] = []
         self._draining: list[str] = []
 
-    def add(self) -> str:
-        """A raylet with one processor; returns its id."""
-        self.nodes.append(self._ask("add", 1))
+    def add(self, cpus: int = 1) -> str:
+        """A raylet with so many processors; returns its id."""
+        self.nodes.append(self._ask("add", cpus))
         return self.nodes[-1]
 
     def kill(self, node: str) -> None:

@@ -48,6 +48,34 @@ def test_machines_are_used_lost_and_left(machines: Machines, workplace: Workplac
     assert machines.demand() == 0
 
 
+def test_groups_are_packed_on_machines_and_go_with_them(
+    machines: Machines, workplace: Workplace, undisturbed: Result
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (the extra zero3)")
+    memory = "memory={kind: zero3, shards: 2}"
+    machines.have(0)
+    machines.add(), machines.add()
+    alone = workplace.start("train", "apart", memory, "start_timeout=1")
+    assert alone.ends() == 7, alone.text
+    assert "A replica needs 2 CPU" in alone.text and "1 CPU; 1 CPU" in alone.text
+
+    first = machines.add(2)
+    workplace.slow_from(10)
+    run = workplace.start("train", "packed", "replicas={min: 1, max: 3}", memory)
+    run.reaches(10)
+    (group,) = workplace.status("packed")["replicas"]
+    assert group["node"] == first and len(set(group["pids"])) == 2 and machines.demand() == 3
+    second = machines.add(2)
+    run.joins(2)
+    machines.kill(first)
+    run.logs(f"replica {group['name']} is lost")
+    run.reaches(run.steps() + 3)
+    assert by_node(workplace.status("packed")).keys() == {second}
+    workplace.full_speed()
+    run.ends_as(undisturbed)
+    machines.have(0)
+
+
 def test_accelerators_that_no_machine_has(machines: Machines, workplace: Workplace) -> None:
     machines.have(1)
     run = workplace.start("train", "gpu", "gpus_per_replica=1", "start_timeout=1")

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from launch.preflight import check_memory, check_paths, check_port, check_trackers, count_weights
+from launch.preflight import (
+    PROCESS_BYTES,
+    check_libraries,
+    check_memory,
+    check_paths,
+    check_port,
+    check_trackers,
+    count_weights,
+    host_bytes,
+)
 from zoray.config import RunConfig
 from zoray.errors import ConfigError, DataError, ModelError, ResourceError
 
@@ -138,3 +147,25 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monke
     # There it is another machine's affair.
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     check_trackers(config("m", report_to="tensorboard"))
+
+
+@pytest.mark.parametrize("package", ["deepspeed", "accelerate"])
+def test_sharding_without_its_libraries_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setattr("launch.preflight.find_spec", lambda name: None if name == package else object())
+    sharded = config("some/model", memory={"kind": "zero3", "shards": 2})
+    with pytest.raises(ConfigError, match=f"need {package}") as caught:
+        check_libraries(sharded)
+    assert "zoray[zero3]" in str(caught.value.advice)
+    check_libraries(config("some/model"))
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    check_libraries(sharded)
+
+
+def test_memory_of_all_processes_of_a_sharded_replica_counts() -> None:
+    zero3 = {"kind": "zero3", "shards": 3}
+    assert host_bytes(config("m"), 1000) == 4000 + PROCESS_BYTES
+    assert host_bytes(config("m", memory=zero3, dtype="bfloat16"), 1000) == 2000 + 3 * PROCESS_BYTES
+    in_files = {**zero3, "offload": "nvme", "nvme_path": "/fast"}
+    assert host_bytes(config("m", memory=in_files), 1000) == 3 * PROCESS_BYTES

@@ -21,7 +21,7 @@ import torch
 from torch import distributed, nn
 
 from zoray.directions import Directions
-from zoray.errors import ModelError, ResourceError
+from zoray.errors import ConfigError, ModelError, ResourceError
 from zoray.layout import trainable_parameters
 from zoray.memory.base import Memory
 from zoray.partitioned import own_part, shape_of
@@ -86,7 +86,7 @@ def partitioned_loading(dtype: torch.dtype, sharding: Sharding = _DEFAULT) -> It
         sharding: as given to `Zero3`.
 
     Raises:
-        ResourceError: see `Zero3`.
+        ResourceError, ConfigError: see `Zero3`.
     """
     _deepspeed(sharding)
     from transformers.integrations import deepspeed as integration
@@ -119,7 +119,8 @@ class Zero3(Memory):
         sharding: where the parts lie; what the model was loaded with, if it was loaded in partitions.
 
     Raises:
-        ResourceError: there is no world, or DeepSpeed is not installed, or cannot use files.
+        ResourceError: there is no world.
+        ConfigError: DeepSpeed is not installed, or cannot use files.
         ModelError: a parameter has no dimension.
     """
 
@@ -232,15 +233,15 @@ def _deepspeed(sharding: Sharding) -> None:
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise ResourceError(
+            raise ConfigError(
                 "Weights in files need DeepSpeed's asynchronous input and output, which cannot be built here.",
                 where="memory",
                 advice="install libaio with its headers (Debian: libaio-dev) and a C++ compiler",
             )
 
 
-def _missing(package: str) -> ResourceError:
-    return ResourceError(
+def _missing(package: str) -> ConfigError:
+    return ConfigError(
         f"Sharded weights need {package}, which is not installed.",
         where="memory",
         advice="Install it: pip install 'zoray[zero3]'.",

@@ -34,8 +34,9 @@ def load_placed(
         The model, on the device it computes on, and what makes its memory.
 
     Raises:
-        ResourceError: a library is missing, or there is no place for files.
-        ModelError, ConfigError: see `load_model`.
+        ResourceError: there is no place for files.
+        ConfigError: a library is missing, or see `load_model`.
+        ModelError: see `load_model`.
     """
     if isinstance(config.memory, Zero3Memory):
         from zoray.memory.zero3 import Sharding, Zero3, partitioned_loading
