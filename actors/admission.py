@@ -63,7 +63,8 @@ class Admission:
         self._welcome, self._ready, self._failed = welcome, ready, failed
         self._heard: set[str] = set()
         self._waiting: dict[str, tuple[str, float]] = {}
-        self._slowest: dict[str, float] = {}
+        # By method and processes of the replica: what a resident one does is no measure for a sharded one.
+        self._slowest: dict[tuple[str, int], float] = {}
         self.ledger: Ledger | None = None
         self.introductions: dict[str, Introduction] = {}
 
@@ -78,7 +79,7 @@ class Admission:
             if name not in self._fleet:
                 del self._waiting[name]
                 continue
-            slowest = self._slowest.get(method)
+            slowest = self._slowest.get((method, self._fleet.width(name)))
             least = self._patience.get(method, PATIENCE)
             patience = max(least, SLOWER * slowest) if slowest is not None else float("inf")
             if now - since > (PROCESS if method == _APPEAR else patience):
@@ -94,9 +95,14 @@ class Admission:
                 return
             del self._waiting[name]
             if error is None:
-                self._slowest[method] = max(self._slowest.get(method, 0.0), time.monotonic() - began)
+                key = method, self._fleet.width(name)
+                self._slowest[key] = max(self._slowest.get(key, 0.0), time.monotonic() - began)
             if error is not None:
                 self._failed(name, fault(error, f"replica {name}"))
+                return
+            if method in ("join", "catch_up") and any(value != values[0] for value in values):
+                at = ", ".join(str(value[0] if isinstance(value, tuple) else value) for value in values)
+                self._failed(name, ResourceError(f"The processes of replica {name} are at different steps: {at}."))
                 return
             then(name, values if method == _INTRODUCE else values[0])
 

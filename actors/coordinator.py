@@ -43,6 +43,7 @@ from zoray.protocol import (
     Assign,
     CommitDurable,
     Event,
+    Failed,
     Finish,
     Release,
     ReplicaLost,
@@ -258,7 +259,7 @@ class Coordinator:
             self.journal.exchanged(received=received)
             self.events += outcomes
 
-    def _broken(self, name: str, error: BaseException | None) -> None:
+    def _broken(self, name: str, error: BaseException | Failed) -> None:
         """An assignment has no answer, or one that ends the replica."""
         if name not in self.roster.fleet:
             return
@@ -266,7 +267,10 @@ class Coordinator:
             # The request or its answer is lost; the kernel asks again when it is overdue, and may ask another.
             self.journal.say(f"replica {name} cannot be reached for the moment")
             return
-        reason = "one of its processes failed" if error is None else first_line(fault(error, f"replica {name}"))
+        if isinstance(error, Failed):
+            reason = f"one of its processes failed: {error.reason.splitlines()[0]}"
+        else:
+            reason = first_line(fault(error, f"replica {name}"))
         self.events.append(ReplicaLost(name, reason))
         # A machine that dies takes all its replicas along: that says nothing about them.
         self.roster.gone(name, reason, fault="its node has died" not in str(error))

@@ -31,7 +31,7 @@ class Fleet:
     """
 
     def __init__(self, config: RunConfig, snapshots: Path | str, embedded: bool = False) -> None:
-        self._config, self._snapshots, self._embedded = config, str(snapshots), embedded
+        self.config, self._snapshots, self._embedded = config, str(snapshots), embedded
         self._needs = config.needs
         self._actors: dict[str, tuple[Any, ...]] = {}
         self._closed = threading.Event()
@@ -42,7 +42,7 @@ class Fleet:
 
     def hold(self, config: RunConfig) -> None:
         """Start replicas with this configuration from now on, which differs in `memory` alone."""
-        self._config, self._needs, self._announced = config, config.needs, 0
+        self.config, self._needs, self._announced = config, config.needs, 0
 
     def width(self, name: str) -> int:
         """How many processes a replica has."""
@@ -50,7 +50,7 @@ class Fleet:
 
     def start(self, name: str, node: str) -> None:
         """Start the processes of a replica on a machine."""
-        self._actors[name] = tuple(self._create(name, rank, node) for rank in range(self._config.shards))
+        self._actors[name] = tuple(self._create(name, rank, node) for rank in range(self.config.shards))
 
     def end(self, name: str) -> None:
         """End a replica's processes, whatever they are doing: one may be waiting for another that is dead."""
@@ -95,13 +95,17 @@ class Fleet:
                 views.append(NodeView(name, self._room(free.get(name, {})), draining=name in draining))
         return tuple(views)
 
-    def watch(self, tell: Callable[[tuple[NodeView, ...]], None]) -> None:
-        """Look at the machines about once a second, in the background, until `close`."""
+    def watch(self, tell: Callable[[tuple[NodeView, ...], RunConfig], None]) -> None:
+        """Look at the machines about once a second, in the background, until `close`.
+
+        What is told with them is the configuration of the replicas that they were seen to have room for.
+        """
 
         def look() -> None:
             while not self._closed.wait(_LOOK_EVERY):
                 try:
-                    tell(self.machines())
+                    config = self.config
+                    tell(self.machines(), config)
                 except Exception as error:  # the head may be restarting; the next look will tell
                     _log.warning("the cluster cannot be looked at: %s", error)
 
@@ -140,15 +144,15 @@ class Fleet:
 
     def _create(self, name: str, rank: int, node: str) -> Any:
         options = {
-            "num_cpus": 0 if self._embedded else self._config.threads_per_replica,
-            "num_gpus": self._config.gpus_per_replica,
+            "num_cpus": 0 if self._embedded else self.config.threads_per_replica,
+            "num_gpus": self.config.gpus_per_replica,
             "max_restarts": 0,
             "max_task_retries": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
         # Ray makes a class remote at run time, behind the back of any type checker.
         remote: Any = ray.remote(ReplicaActor)
-        return remote.options(**options).remote(name, self._config, self._snapshots, rank)
+        return remote.options(**options).remote(name, self.config, self._snapshots, rank)
 
     def _kill(self, actor: Any) -> None:
         ray.kill(actor)

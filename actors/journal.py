@@ -181,7 +181,7 @@ class Journal:
 
     def _committed(self, record: StepRecord) -> None:
         total = record.durable - record.opened
-        probe = (record.probe_seconds + record.apply_seconds) / max(record.replicas, 1)
+        probe = (record.probe_seconds + record.apply_seconds) / max(record.processes, 1)
         commit = record.durable - record.decided
         split = Split(total, probe, commit, max(0.0, total - probe - commit))
         self._recent.append(split)

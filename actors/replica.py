@@ -131,7 +131,9 @@ class ReplicaActor:
             if out_of_memory(error):
                 batched = None if doing == "loading the model" else config.signs != "sequential"
                 raise explain(error, config, f"{self._who}, {doing}", batched) from error
-            raise self._alone(error) or error from error
+            if (alone := self._alone(error)) is not None:
+                raise alone from error
+            raise
         identity = identify(self.replica, self.task.digest, config)
         sizes = [math.prod(shape_of(p)) for p in model.parameters()]
         return Introduction(

@@ -152,9 +152,9 @@ class Roster:
         self._inbox.put(partial(self._rebalance, ScaleRequested(target)))
 
     def _hold(self, config: RunConfig) -> None:
-        """Start replicas with another memory from now on; what room the machines have for them must be seen anew."""
+        """Start replicas with another memory from now on, once it is seen what room the machines have for them."""
         self.fleet.hold(config)
-        self._rebalance(NodesSeen(self.fleet.machines()))
+        self._rebalance(NodesSeen((), time.monotonic() - _VIEW_LAG))
 
     def gone(self, name: str, reason: str, fault: bool) -> None:
         """End a replica's process, if it has not ended; a fault counts against its machine."""
@@ -188,11 +188,16 @@ class Roster:
         self.fleet.close()
         self.fleet.announce(0)
 
-    def _look(self, machines: tuple[NodeView, ...]) -> None:
+    def _look(self, machines: tuple[NodeView, ...], config: RunConfig) -> None:
         # What was started a moment ago may not be in Ray's view of a machine's free resources yet.
         seen = NodesSeen(machines, time.monotonic() - _VIEW_LAG)
-        self._inbox.put(partial(self._rebalance, seen))
+        self._inbox.put(partial(self._seen, seen, config))
         self._inbox.put(self.admission.check)
+
+    def _seen(self, seen: NodesSeen, config: RunConfig) -> None:
+        # Room for replicas as they were held before says nothing of those to come.
+        if config is self.fleet.config:
+            self._rebalance(seen)
 
     def _rebalance(self, event: MembershipEvent) -> None:
         before = self.members
@@ -232,5 +237,6 @@ class Roster:
         """A replica could not join. What is wrong with the run itself ends it, as long as no replica belongs to it."""
         if self.admission.ledger is None and not isinstance(error, ResourceError):
             raise error
-        self._journal.warn(f"replica {name} cannot join: {error.what}")
-        self.gone(name, error.what, fault=True)
+        text = error.what if error.advice is None else f"{error.what} ({error.advice})"
+        self._journal.warn(f"replica {name} cannot join: {text}")
+        self.gone(name, text, fault=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from zoray.errors import RunError
+from zoray.errors import ResourceError, RunError
 from zoray.identity import check_base, header_digest
 from zoray.ledger import Ledger
 from zoray.memory.pieces import Pieces, write
@@ -189,6 +189,9 @@ def load_newest(folder: Where, replica: Replica, run: str, known: Mapping[int, b
 
     Returns:
         The hash of the last commit in it; None if there is none, and then the replica is as it was.
+
+    Raises:
+        ResourceError: one that was found to be right could not be read to its end; the replica is of no use any more.
     """
     place = shelf(folder)
     for step in sorted(known, reverse=True):
@@ -208,7 +211,14 @@ def _load(place: Shelf, name: str, replica: Replica, run: str, head: bytes) -> b
         found = f"{memory.total(memory.together(lambda: pieces.digest(memory.shards()))):016x}"
         if found != info.digest:
             raise ValueError(f"its digest is {found}, not {info.digest}")
-        replica.load(pieces, info.step)
+        try:
+            replica.load(pieces, info.step)
+        except Exception as error:
+            raise ResourceError(
+                f"The snapshot of step {info.step} broke off while it was loaded, and left the weights spoilt: {error}",
+                where=shown(name),
+                advice="look at the storage it is read from, and at that of the weights",
+            ) from error
     return head
 
 

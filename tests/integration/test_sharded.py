@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -50,8 +51,9 @@ def test_groups_act_as_replicas_and_one_death_is_the_groups(undisturbed: Ran, in
     check_whole(ran, undisturbed)
     assert (seen["width"], seen["wide"]) == (1, 3)
     assert len(set(seen["pids"])) == 3
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in seen["pids"] if psutil.pid_exists(pid)], timeout=30)
-    assert not alive
+    for pid in seen["pids"]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(30)
     counters = ran.coordinator.state.counters
     assert counters.lost == 2 and counters.failed == counters.diverged == 0
 
@@ -63,7 +65,7 @@ def _await(coordinator: Any, names: set[str]) -> None:
         slots = coordinator.roster.members.slots
         return {name for name, slot in slots.items() if slot.phase is SlotPhase.ACTIVE}
 
-    while active() != names:
+    while not names <= active():
         coordinator.inbox.turn(0.1)
 
 

@@ -54,7 +54,7 @@ class WarmFleet(Fleet):
 
         remote: Any = ray.remote(WarmReplica)
         actor = self.idle.pop() if self.idle else remote.options(num_cpus=0, max_concurrency=1).remote()
-        actor.become.remote(name, self._config, self._snapshots)
+        actor.become.remote(name, self.config, self._snapshots)
         return actor
 
     def _kill(self, actor: Any) -> None:

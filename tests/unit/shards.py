@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from zoray.aggregate import commit
 from zoray.config import RunConfig
 from zoray.directions import Directions
 from zoray.errors import ModelError
+from zoray.loss import RowLosses
 from zoray.memory import Memory, Resident, pieces
 from zoray.memory.zero3 import Sharding, Zero3, partitioned_loading
 from zoray.models import load_model
@@ -242,6 +244,51 @@ def _a_batch_of_another_shape(world: World) -> None:
     assert sharded.probe(0, 0, short, 1e-3) == expected
 
 
+class Chooses(nn.Module):
+    """Rows go to the expert that their first token chooses, which is called only if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(40, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 40) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> Any:
+        states, chosen = self.embed(input_ids), input_ids[:, 0] % 4
+        logits = torch.zeros(*input_ids.shape, 40)
+        for index in chosen.unique().tolist():
+            rows = chosen == index
+            logits[rows] = self.experts[index](states[rows])
+        return SimpleNamespace(logits=logits)
+
+
+def choices(world: World) -> None:
+    """A model that calls other modules for other data is refused where processes gather weights for each other."""
+    if world.backend == "resident":
+        return
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> RowLosses:
+        logits = model(**batch).logits
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"].flatten(), reduction="none")
+        return RowLosses(losses.view(len(batch["labels"]), -1).double().sum(1), torch.full((len(batch["labels"]),), 4))
+
+    def batch(*first: int) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[token, 7, 8, 9] for token in first])
+        return {"input_ids": ids, "labels": ids}
+
+    sharded = Replica(Chooses(), 7, memory=world.memory, loss=loss)
+    sharded.prove(batch(0, 2))
+    sharded.probe(0, 0, batch(2, 0), 1e-3)
+    before = sharded.digest()
+    try:
+        sharded.probe(0, 0, batch(0, 3), 1e-3)
+        raise AssertionError("it was taken")
+    except ModelError as error:
+        assert "'experts.3' is called at a place" in error.what, error.what
+    sharded.probe(0, 1, batch(0, 2), 1e-3)
+    assert sharded.digest() == before
+
+
 def snapshots(world: World) -> None:
     """Any layout's snapshot is read by this one, and this one's by `test_memory.py`; a damaged one is passed over."""
     for dtype in DTYPES:
@@ -398,7 +445,7 @@ WORLDS: dict[tuple[str, int], tuple[Check, ...]] = {
     ("zero3", 2): (*CONTRACT, every_path, stale_copies, peak),
     ("zero3-cpu", 2): (updates, probes, every_path),
     ("zero3-nvme", 2): (files,),
-    ("zero3", 1): CONTRACT,
+    ("zero3", 1): (*CONTRACT, choices),
 }
 """The checks of each backend with each number of processes, in the order in which the worlds are formed."""
 

@@ -169,6 +169,7 @@ def test_unknown_key_like_no_other_lists_the_keys(file: Path) -> None:
         ("memory={kind: zero, shards: 2}", ["memory.kind is 'zero'", "Did you mean zero3?"]),
         ("memory={kind: zero3, shards: 2, offlod: cpu}", ["no key memory.offlod", "Did you mean memory.offload?"]),
         ("memory={kind: zero3}", ["memory.shards is missing"]),
+        ("split_signs=true", ["signs is auto", "Set signs to sequential"]),
         ("memory={kind: zero3, shards: 1, offload: nvme}", ["need a folder", "Give nvme_path"]),
         ("memory={kind: zero3, shards: 1, nvme_path: /fast}", ["but no files", "Give nvme_path"]),
         ("task=x", ["task is 'x'"]),
@@ -370,6 +371,17 @@ def test_addresses_with_credentials_are_refused_and_not_shown(file: Path, key: s
 def test_documentation_is_up_to_date() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == markdown(), "run: python -m zoray.config.docs > docs/configuration.md"
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2.0])
+def test_each_shard_has_one_accelerator_or_none(file: Path, gpus: float) -> None:
+    sharded = ["memory={kind: zero3, shards: 2}"]
+    for right in (0.0, 1.0):
+        needs = load(file, [*sharded, f"gpus_per_replica={right}", "threads_per_replica=3"]).needs
+        assert needs == {"CPU": 6.0, "GPU": 2 * right}
+    with pytest.raises(ConfigError, match="Each of the 2 processes"):
+        load(file, [*sharded, f"gpus_per_replica={gpus}"])
+    assert load(file, [f"gpus_per_replica={gpus}"]).needs["GPU"] == gpus
 
 
 def test_replicas_are_a_number_or_a_range() -> None:

@@ -11,6 +11,7 @@ pytest.importorskip("ray", reason="the actors need Ray")
 
 from actors.exchange import Exchange
 from actors.inbox import Inbox
+from zoray.memory.base import ELSEWHERE
 from zoray.protocol import Answer, Failed, Item, Kind, ProbeScalars, Refused, encode_answer
 
 
@@ -36,7 +37,7 @@ class Told:
     def __init__(self, processes: int, items: int) -> None:
         self.inbox, self.references = Inbox(), tuple(Reference() for _ in range(processes))
         self.outcomes: list[Any] = []
-        self.broken: list[BaseException | None] = []
+        self.broken: list[BaseException | Failed] = []
         self.received = 0
         Exchange("r", self.inbox, self.references, items, self._answered, self.broken.append)
 
@@ -84,11 +85,20 @@ def test_a_refusal_is_told_once() -> None:
 def test_a_failure_of_one_process_is_told_at_once_and_ends_the_replica() -> None:
     told, failure = Told(3, 3), Failed("r", item(1), "out of memory")
     told.give(1, encode_answer(failure))
-    assert told.outcomes == [failure] and told.broken == [None]
+    assert told.outcomes == [failure] and told.broken == [failure]
     # The others are killed while they wait for it.
     told.give(0, RuntimeError("killed"))
     told.give(2, encode_answer(answer(2)))
-    assert told.outcomes == [failure] and told.broken == [None]
+    assert told.outcomes == [failure] and told.broken == [failure]
+
+
+def test_a_snapshot_that_fails_does_not_end_the_replica_and_the_reason_is_told() -> None:
+    """Its processes agree on that before any of them goes on (`Memory.together`)."""
+    told, snapshot = Told(3, 1), Item(Kind.SNAPSHOT, 3)
+    for rank, reason in ((0, f"OSError: {ELSEWHERE}"), (2, f"OSError: {ELSEWHERE}"), (1, "OSError: disk full")):
+        assert told.outcomes == []
+        told.give(rank, encode_answer(Failed("r", snapshot, reason)))
+    assert told.outcomes == [Failed("r", snapshot, "OSError: disk full")] and told.broken == []
 
 
 def test_a_failure_of_a_replica_of_one_process_does_not_end_it() -> None:

@@ -27,6 +27,7 @@ from zoray.protocol import (
     Release,
     ReplicaLost,
     ReplicaReady,
+    Report,
     SideLoss,
     Tick,
 )
@@ -135,6 +136,53 @@ def test_an_item_that_breaks_group_after_group_ends_the_run() -> None:
         run.feed(ReplicaLost(name, "one of its processes failed"))
     (finish,) = of(Finish, actions)
     assert finish.reason == "failed" and "out of memory" in finish.text
+
+
+def test_an_item_that_breaks_group_after_group_ends_the_run_though_others_live() -> None:
+    """None of the groups that failed is alive when the next one does, but one that has not had the item yet."""
+    run = Driver(settings(directions=1))
+    join(run, "first", 2)
+    for i in range(20):
+        join(run, f"g{i}", 2)
+        (holder,) = [name for name, member in run.state.members.items() if member.items]
+        finished = of(Finish, run.feed(Failed(holder, probe(0, 0), "too little memory")))
+        if finished:
+            break
+        run.feed(ReplicaLost(holder, "one of its processes failed"))
+    assert finished and finished[0].reason == "failed" and i < 10
+
+
+def test_short_probes_are_not_lined_up_behind_a_bundle() -> None:
+    run = Driver(settings(directions=12, short_probe=1.0))
+    play_one = [answer(run, "a", item) for a in join(run, "a", 2) for item in everything(a)]
+    assert bundles(play_one[-1]) == [("a", [2, 3])]
+    assert run.state.members["a"].ahead is None and not run.state.single
+
+
+def test_what_is_given_again_is_not_mixed_with_another_kind() -> None:
+    run = Driver(settings(directions=2, eval_shards=1))
+    join(run, "a", 1), join(run, "b", 2)
+    assert run.state.members["a"].item == Item(Kind.EVAL, 0, 0)
+    run.feed(ReplicaLost("a", "killed")), run.feed(ReplicaLost("b", "killed"))
+    (first,) = join(run, "c", 3)
+    assert len({item.kind for item in everything(first)}) == 1
+
+
+def test_late_items_of_two_kinds_are_not_given_together() -> None:
+    run = Driver(settings(directions=1, eval_shards=1, first_deadline=10.0))
+    join(run, "a", 1), join(run, "b", 1), join(run, "c", 2)
+    assert [[item.kind for item in everything(a)] for a in of(Assign, run.feed(Tick(), now=11.0))] == [[Kind.EVAL]]
+
+
+def test_seconds_are_per_process() -> None:
+    run = Driver(settings(directions=4))
+    (assign,) = join(run, "a", 4)
+    for item in everything(assign):
+        actions = run.feed(Answer("a", item, ProbeScalars(1.0, 2.0, 0.5, 3.0)))
+    (commit,) = of(AppendCommit, actions)
+    (report,) = of(Report, run.feed(CommitDurable(commit.commit.step)))
+    assert (report.record.replicas, report.record.processes, report.record.probe_seconds) == (1, 4, 12.0)
+    assert run.state.replay == 0.5
 
 
 def test_late_probes_are_given_again_together() -> None:

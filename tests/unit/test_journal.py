@@ -28,7 +28,7 @@ def record(step: int = 0, gradients: tuple[float, ...] = (3.0, -4.0), **keys: ob
         max_projected_gradient=3.5,
         previous=bytes(32),
     )
-    whole = StepRecord(step, decided, 0.5, None, None, 2, 10.0, 11.5, 12.0, 2.0, 1.0, Counters())
+    whole = StepRecord(step, decided, 0.5, None, None, 2, 2, 10.0, 11.5, 12.0, 2.0, 1.0, Counters())
     return replace(whole, **keys)  # type: ignore[arg-type]
 
 

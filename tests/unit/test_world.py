@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import distributed
 
 from tests.unit.test_config import config
-from zoray.errors import ResourceError
+from zoray.errors import ConfigError
 from zoray.memory.scratch import claim
 from zoray.memory.shortage import explain, out_of_memory
 from zoray.memory.world import Meeting, form, lost_touch
@@ -44,20 +45,28 @@ def test_a_folder_is_its_processs_own_and_gone_after_it(tmp_path: Path) -> None:
     )
     assert process.stdin is not None and process.stdout is not None
     theirs = Path(process.stdout.readline().strip())
-    mine, own = claim(place, "r8"), Path(place) / "notes.txt"
-    own.write_text("not ours")
+    users = Path(place) / "zoray-models"
+    users.mkdir()
+    mine = claim(place, "r8")
     assert theirs.is_dir() and mine.is_dir() and mine != theirs and "r7" in theirs.name
     process.kill()
     process.communicate()
+    assert theirs.is_dir()
     claim(place, "r9")
-    assert not theirs.exists() and mine.is_dir() and own.read_text() == "not ours"
+    assert not theirs.exists() and mine.is_dir() and users.is_dir()
+
+
+def test_two_users_share_a_place(tmp_path: Path) -> None:
+    other = tmp_path / f".zoray-{os.getuid() + 1}" / "r0-abc"
+    other.mkdir(parents=True)
+    assert claim(str(tmp_path), "r0").is_dir() and other.is_dir()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="cannot be kept in files") as caught:
+    with pytest.raises(ConfigError, match="cannot be kept in files") as caught:
         claim(str(tmp_path / "file"), "r0")
-    assert caught.value.where == "memory.nvme_path"
+    assert "memory.nvme_path" in str(caught.value.where)
 
 
 def test_processes_meet_and_notice_a_death() -> None:

@@ -293,6 +293,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _each_shard_has_a_device(self) -> Self:
+        if self.shards > 1 and self.gpus_per_replica not in (0, 1):
+            raise fault(
+                "gpus_per_replica",
+                f"Each of the {self.shards} processes of a sharded replica computes on one accelerator, and "
+                f"gpus_per_replica is {self.gpus_per_replica:g}.",
+                "Set gpus_per_replica to 1, or to 0 to compute on processors.",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _addresses_have_no_keys(self) -> Self:
         places = {"model": self.model, "task.train": self.task.train, "task.eval": self.task.eval,
                   "snapshot_dir": self.snapshot_dir}  # fmt: skip

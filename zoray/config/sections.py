@@ -185,7 +185,8 @@ class Zero3Memory(Section):
     )
     nvme_path: str | None = key(
         None,
-        "Folder on a fast disk of each machine, for `offload: nvme`; the files are gone with the replica.",
+        "Folder on a fast disk of each machine, for `offload: nvme`. What replicas that have ended leave there is "
+        "deleted when the next one begins.",
         mathematics=False,
         min_length=1,
     )

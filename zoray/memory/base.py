@@ -18,6 +18,9 @@ from zoray.update import Shard, apply_commits
 Reader = Callable[[ParamSpec, int, int], torch.Tensor]
 """(parameter, start, stop) -> its elements [start, stop) in row-major order, as a 1-D tensor."""
 
+ELSEWHERE = "another of the replica's processes failed at it"
+"""What a process says that has nothing to say itself."""
+
 _MASK = (1 << 64) - 1
 _T = TypeVar("_T")
 
@@ -66,7 +69,7 @@ class Memory(ABC):
         except Exception as error:
             fault = error
         if self.total(int(fault is not None)):
-            raise fault or OSError("another of the replica's processes failed at it")
+            raise fault or OSError(ELSEWHERE)
         return done
 
     @abstractmethod

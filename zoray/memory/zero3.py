@@ -24,6 +24,7 @@ from zoray.directions import Directions
 from zoray.errors import ConfigError, ModelError, ResourceError
 from zoray.layout import trainable_parameters
 from zoray.memory.base import Memory
+from zoray.memory.paths import Paths
 from zoray.partitioned import own_part, shape_of
 from zoray.update import Shard
 
@@ -157,6 +158,7 @@ class Zero3(Memory):
         )
         for hook in self._hooks.backward_hooks:
             hook.remove()
+        self._paths = Paths(model)
         self._shield()
         for buffer in model.buffers():
             # DeepSpeed's engine, which is not used, would have moved them.
@@ -189,7 +191,7 @@ class Zero3(Memory):
         for module in self._hooks.module.modules() if first else ():
             module._parameters._in_forward = True
         try:
-            with super().forwards(first):
+            with self._paths.forwards(first), super().forwards(first):
                 yield
         finally:
             if first:
@@ -198,17 +200,20 @@ class Zero3(Memory):
                 self.settle()
 
     def _shield(self) -> None:
-        """Keep DeepSpeed's own handling of parameters from those who watch what the model does with them."""
-        for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
-            setattr(self._hooks, name, _unwatched(getattr(self._hooks, name)))
+        """Keep DeepSpeed from those who watch what the model does with its parameters, and its order guarded."""
+        hooks, paths = self._hooks, self._paths
+        gather, let_go = hooks.pre_sub_module_forward_function, hooks.post_sub_module_forward_function
 
+        def before(module: nn.Module) -> None:
+            with torch._C.DisableTorchFunction():
+                paths.enter(module)
+                gather(module)
 
-def _unwatched(function: Any) -> Any:
-    def call(module: nn.Module) -> None:
-        with torch._C.DisableTorchFunction():
-            function(module)
+        def after(module: nn.Module) -> None:
+            with torch._C.DisableTorchFunction():
+                let_go(module)
 
-    return call
+        hooks.pre_sub_module_forward_function, hooks.post_sub_module_forward_function = before, after
 
 
 def _deepspeed(sharding: Sharding) -> None:

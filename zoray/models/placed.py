@@ -34,8 +34,7 @@ def load_placed(
         The model, on the device it computes on, and what makes its memory.
 
     Raises:
-        ResourceError: there is no place for files.
-        ConfigError: a library is missing, or see `load_model`.
+        ConfigError: a library is missing, or there is no place for files, or see `load_model`.
         ModelError: see `load_model`.
     """
     if isinstance(config.memory, Zero3Memory):

@@ -72,6 +72,10 @@ def _effort(state: State) -> list[ProbeScalars | SideLoss]:
     return [r.payload for r in state.results.values() if isinstance(r.payload, ProbeScalars | SideLoss)]
 
 
+def _processes(state: State) -> int:
+    return sum(member.width for member in state.members.values())
+
+
 def conclude(state: State, step: int, now: float, actions: list[Action]) -> None:
     """The pending commit is durable: report the step and open the next one. Said twice, it counts once."""
     if state.phase is not Phase.COMMITTING or state.pending is None or step != state.step:
@@ -86,7 +90,7 @@ def conclude(state: State, step: int, now: float, actions: list[Action]) -> None
     if state.skipped:
         text = f"step {step} is skipped: none of its losses is finite"
         actions.append(Warn(f"{text} ({state.skipped} in a row, {state.settings.max_skipped_steps} end the run)"))
-    state.replay += math.fsum(p.apply_seconds for p in _effort(state)) / max(1, len(state.members))
+    state.replay += math.fsum(p.apply_seconds for p in _effort(state)) / max(1, _processes(state))
     if state.comparing:
         state.past[step] = state.digests
         while len(state.past) > _REMEMBERED:
@@ -238,6 +242,7 @@ def _record(state: State, now: float) -> StepRecord:
         evaluation=evaluation(sums) if sums else None,
         digest=state.agreed,
         replicas=len(state.members),
+        processes=_processes(state),
         opened=state.opened,
         decided=state.decided,
         durable=now,

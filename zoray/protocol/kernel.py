@@ -213,9 +213,11 @@ def _failed(state: State, event: Failed, now: float, actions: list[Action]) -> N
             return
         # One bad machine must not end the run: an item is hopeless when no live replica is left that can run it.
         failed = state.failures[item] = (*state.failures.get(item, ()), name)
-        if len(failed) >= state.settings.max_failures and all(member in failed for member in state.members):
+        # A sharded replica does not outlive its failure, so those that failed are hardly ever among the living.
+        everyone = all(member in failed for member in state.members)
+        if len(failed) >= state.settings.max_failures + (0 if everyone else len(state.members)):
             state.phase = Phase.FINISHED
-            text = f"the {item} failed {len(failed)} times, on every replica there is: {event.reason}"
+            text = f"the {item} failed {len(failed)} times, on every replica that had it: {event.reason}"
             actions.append(Finish("failed", state.step, text, "remove the cause, then resume: nothing is lost"))
             return
     if member.misses + 1 >= state.settings.max_misses and name in state.members:

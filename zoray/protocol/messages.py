@@ -264,7 +264,11 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What happened in one step, in the clock's seconds; `aggregate` is None for the step after the last commit."""
+    """What happened in one step, in the clock's seconds; `aggregate` is None for the step after the last commit.
+
+    `replicas` were live at its end, with so many `processes` in all; `probe_seconds` and `apply_seconds` are sums over
+    the probes.
+    """
 
     step: int
     aggregate: Aggregate | None
@@ -272,6 +276,7 @@ class StepRecord:
     evaluation: Evaluation | None
     digest: int | None
     replicas: int
+    processes: int
     opened: float
     decided: float
     durable: float
