@@ -47,6 +47,18 @@ def home_of(tensor: torch.Tensor | None) -> Home | None:
     return found
 
 
+def mark_spilled(parameter: torch.Tensor) -> bool:
+    """Note that a parameter's values were put into a file while its model is loaded; False if they were before."""
+    known = is_spilled(parameter)
+    parameter.zoray_spilled = True  # type: ignore[attr-defined]
+    return not known
+
+
+def is_spilled(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values are in a file, from where its memory will take them; they are aligned there."""
+    return hasattr(tensor, "zoray_spilled")
+
+
 def is_partitioned(tensor: torch.Tensor | None) -> bool:
     """Whether this process holds no more than a part of the tensor."""
     return hasattr(tensor, "ds_tensor")
