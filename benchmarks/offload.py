@@ -118,13 +118,14 @@ def main() -> None:
             count = 1 if options.quick else ROUNDS
             rounds = [{kind: measure(kind, dtype, folder) for kind in KINDS} for _ in range(count)]
             title = f"Weights elsewhere, {dtype}"
-            write_section(f"offload_{dtype}", title, "python -m benchmarks.offload", figures(rounds))
+            write_section(f"offload_{dtype}", title, "python -m benchmarks.offload", figures(dtype, rounds))
 
 
-def figures(rounds: list[dict[str, dict[str, float]]]) -> list[Row]:
+def figures(dtype: str, rounds: list[dict[str, dict[str, float]]]) -> list[Row]:
     """The rows of a section.
 
     Args:
+        dtype: for the README, which has them all in one table.
         rounds: the figures of each kind, by its name, in each round.
     """
 
@@ -139,16 +140,19 @@ def figures(rounds: list[dict[str, dict[str, float]]]) -> list[Row]:
     rows = []
     for name, figure in {"step": "step", "work": "processor time of a step"}.items():
         rows += [
-            Row(f"{figure}, {kind} / resident", ratio(kind, "resident", name), "reported", None) for kind in KINDS[1:]
+            Row(f"{dtype}: {figure}, {kind} / resident", ratio(kind, "resident", name), "reported", None)
+            for kind in KINDS[1:]
         ]
     for place in ("cpu", "nvme"):
         mine = f"streamed-{place}"
-        rows.append(Row(f"step, {mine} / zero3-{place}", ratio(mine, f"zero3-{place}", "step"), "reported", None))
+        rows.append(
+            Row(f"{dtype}: step, {mine} / zero3-{place}", ratio(mine, f"zero3-{place}", "step"), "reported", None)
+        )
         each = [found[mine]["step"] / (found[mine]["probe"] + found[mine]["update"]) for found in rounds]
-        rows.append(Row(f"step of {mine} / the same, updated at once", spread(each), "reported", None))
+        rows.append(Row(f"{dtype}: step of {mine} / the same, updated at once", spread(each), "reported", None))
     for name, figure in {"peak": "a probe", "loading": "loading"}.items():
         text = ", ".join(f"{kind} {median(kind, name):,.0f} MiB" for kind in KINDS)
-        rows.append(Row(f"peak of tensors in {figure}", text, "reported", None))
+        rows.append(Row(f"{dtype}: peak of tensors in {figure}", text, "reported", None))
     return rows
 
 
