@@ -28,11 +28,8 @@ class Part(NamedTuple):
 class Home(Protocol):
     """Where the values of a streamed parameter are between two uses; it is written on the parameter as `zoray_home`."""
 
-    def fetch(self) -> None:
-        """Bring the values to their place: they are used outside of their module's call."""
-
     def hold(self) -> None:
-        """Bring them in, and keep them there."""
+        """Bring the values to their place, and keep them there."""
 
     def let_go(self) -> None:
         """What `hold` was called for is over."""

@@ -167,16 +167,21 @@ def test_a_buffer_that_an_output_views_is_nobody_else_s(guarded: bool, monkeypat
 
 def test_a_use_that_nothing_announced_brings_the_values_in() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     expected = {name: values.clone() for name, values in model.state_dict().items()}
-    Replica(model, memory=Streamed)
+    replica = Replica(model, memory=Streamed)
     weight = model[1].weight
     assert type(weight) is Away and isinstance(weight, nn.Parameter)
     assert weight.shape == (4, 4) and weight.numel() == 16 and weight.dtype == torch.float32 and len(weight) == 4
     assert type(weight) is Away, "its shape alone needs no values"
-    assert torch.equal(torch.stack([weight, weight])[1], expected["1.weight"])
+    assert torch.equal(weight.t()[0], expected["1.weight"][:, 0])
     assert type(weight) is nn.Parameter
     assert torch.equal(model[0].weight.data, expected["0.weight"])
+    # More at once than there is room for.
+    stacked = torch.stack([each.weight for each in model])
+    assert torch.equal(stacked, torch.stack([expected[f"{i}.weight"] for i in range(5)]))
+    replica.memory.settle()
+    assert all(type(parameter) is Away for parameter in model.parameters())
     assert all(torch.equal(values, expected[name]) for name, values in model.state_dict().items())
 
 

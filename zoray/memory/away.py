@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoray.partitioned import home_of
+from zoray.partitioned import Home, home_of
 
 _VIEWS = frozenset({torch.Tensor.data, torch.Tensor.T, torch.Tensor.mT, torch.Tensor.H, torch.Tensor.mH})
 """Properties that lead to values; the others are of the shape, the dtype and the device."""
@@ -46,12 +46,19 @@ class Away(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called instead of every torch function that is given one."""
+        homes: list[Home] = []
         if _reads_values(func):
-            with torch._C.DisableTorchFunction():
-                for parameter in _away([*args, *(kwargs or {}).values()]):
-                    home_of(parameter).fetch()  # type: ignore[union-attr]
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            homes = list(_homes([*args, *(kwargs or {}).values()]))
+        try:
+            for home in homes:
+                # None must be sent away again to make room for another.
+                with torch._C.DisableTorchFunction():
+                    home.hold()
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        finally:
+            for home in homes:
+                home.let_go()
 
 
 def send_away(parameter: nn.Parameter, nothing: torch.Tensor) -> None:
@@ -76,9 +83,9 @@ def _reads_values(func: Any) -> bool:
     return func not in _METADATA
 
 
-def _away(values: Iterable[Any]) -> Iterator[Away]:
+def _homes(values: Iterable[Any]) -> Iterator[Home]:
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _away(value)
-        elif type(value) is Away:
-            yield value
+            yield from _homes(value)
+        elif isinstance(value, nn.Parameter) and (home := home_of(value)) is not None:
+            yield home

@@ -167,10 +167,6 @@ class Streamed(Memory):
         """A unit is not needed any more by one of those who held it."""
         self._held[unit] = max(0, self._held[unit] - 1)
 
-    def fetch(self, unit: Unit) -> None:
-        """Bring a unit in for a use that nothing announced."""
-        self._bring(unit)
-
     @contextmanager
     def window(self, unit: Unit, slot: Slot, writing: bool) -> Iterator[torch.Tensor]:
         """A parameter's values on the host, flat; to be written to only if the memory is settled."""
@@ -275,9 +271,6 @@ class _Home:
 
     def __init__(self, memory: Streamed, unit: Unit) -> None:
         self._memory, self._unit = memory, unit
-
-    def fetch(self) -> None:
-        self._memory.fetch(self._unit)
 
     def hold(self) -> None:
         self._memory.hold(self._unit)
