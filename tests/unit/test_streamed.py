@@ -88,7 +88,7 @@ def test_each_block_is_brought_in_once_per_probe_and_updated_on_its_way(monkeypa
         streamed.probe(4, direction, batch_of(0), 1e-3)
         blocks = [each for each in seen if each[0].users[0] in set(streamed.model.model.layers)]
         assert [change for _, change in blocks] == [updated, updated] and blocks[0][0] is not blocks[1][0]
-        assert sum(change for _, change in seen) == (len(streamed.memory._held) if updated else 0)  # type: ignore[attr-defined]
+        assert sum(change for _, change in seen) == (len(streamed.memory._units) if updated else 0)  # type: ignore[attr-defined]
     resident.apply(commit_of(3, [5, 6]))
     assert streamed.digest() == resident.digest()
 
@@ -97,16 +97,16 @@ def test_the_next_unit_is_sent_for_before_it_is_asked_for(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     _, streamed = pair(MODELS["llama"][0]())
     streamed.probe(0, 0, batch_of(0), 1e-3)
-    memory: Any = streamed.memory
+    stage = streamed.memory._stage  # type: ignore[attr-defined]
     streamed.apply(COMMIT)
     asked = []
-    bring = memory._bring
+    bring = stage._bring
 
-    def noted(unit: Unit) -> None:
-        asked.append(unit in memory._coming or unit in memory._present)
-        bring(unit)
+    def noted(unit: Unit) -> Any:
+        asked.append(unit in stage._coming or unit in stage._present)
+        return bring(unit)
 
-    monkeypatch.setattr(memory, "_bring", noted)
+    monkeypatch.setattr(stage, "_bring", noted)
     streamed.probe(1, 0, batch_of(0), 1e-3)
     assert asked.count(False) == 1, "only the first may have to be waited for"
 

@@ -24,17 +24,15 @@ from zoray.commits import Commit
 from zoray.digest import tensor_digest
 from zoray.directions import Directions
 from zoray.layout import trainable_parameters
-from zoray.memory.away import bring_back, send_away
 from zoray.memory.backing import Backing, File, Host
 from zoray.memory.base import Memory
-from zoray.memory.carrier import Carrier, Change, Load
+from zoray.memory.carrier import Carrier, Change
 from zoray.memory.resident import aligned
+from zoray.memory.stage import Stage
 from zoray.memory.units import Slot, Unit, make_plan
 from zoray.partitioned import own_part
 from zoray.update import Group, Shard, groups_of
 
-_AHEAD = 3
-"""Units that are brought in before they are asked for, where there is room: norm and head follow the last block."""
 _MASK = (1 << 64) - 1
 
 
@@ -79,13 +77,8 @@ class Streamed(Memory):
         self._backing: Backing = Host(cuda) if streaming.folder is None else File(streaming.folder, cuda)
         self.fleeting = self._backing.fleeting
         self._carrier = Carrier(self._backing, device, plan.room)
-        self._nothing = {dtype: _nothing(dtype, device) for dtype in {p.dtype for p in model.parameters()}}
-        self._homes = {unit: _Home(self, unit) for unit in plan.units}
-        self._present: dict[Unit, Load] = {}
-        self._coming: dict[Unit, Load] = {}
-        self._held: dict[Unit, int] = dict.fromkeys(plan.units, 0)
-        self._next: dict[tuple[Unit | None, Unit], Unit] = {}
-        self._trail: tuple[Unit | None, Unit] | None = None
+        self._stage = Stage(self._carrier, self._change)
+        self._units, self._needs = plan.units, plan.needs
         self._due: dict[Unit, None] = {}
         self._update: Group | None = None
         for unit in plan.units:
@@ -93,7 +86,6 @@ class Streamed(Memory):
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else aligned(buffer.to(device))
-        self._needs = plan.needs
         for module in plan.needs:
             module.register_forward_pre_hook(self._enter, prepend=True)
             module.register_forward_hook(self._leave, always_call=True)
@@ -106,10 +98,7 @@ class Streamed(Memory):
 
     def settle(self) -> None:
         """Nothing is left on the device, whatever was there or on its way."""
-        self._held = dict.fromkeys(self._held, 0)
-        for unit in list(self._present):
-            self._release(unit)
-        self._cancel()
+        self._stage.clear()
 
     def apply(self, commits: Sequence[Commit]) -> None:
         """Apply consecutive commits, to each unit when it is next brought in or anything else is done with it."""
@@ -117,7 +106,7 @@ class Streamed(Memory):
             self.settle()
             self.flush()
             self._update = group
-            self._due = {unit: None for unit in self._held if unit.trained}
+            self._due = {unit: None for unit in self._units if unit.trained}
 
     def flush(self) -> None:
         """Apply to every unit what it has not seen yet."""
@@ -131,41 +120,14 @@ class Streamed(Memory):
         if self._carrier.device.type == "cpu" and not self.fleeting:
             return super().digest()
         total = 0
-        trained = [unit for unit in self._held if unit.trained]
+        trained = [unit for unit in self._units if unit.trained]
         for unit, following in zip(trained, [*trained[1:], None], strict=True):
-            self.hold(unit)
+            values = self._stage.hold(unit)
             if following is not None:
-                self._send_ahead([following])
-            values = self._present[unit].buffer
+                self._stage.send_ahead([following])
             total += sum(tensor_digest(s.spec.name, s.values, s.start) for s in unit.shards(values))
-            self.let_go(unit)
+            self._stage.let_go(unit)
         return total & _MASK
-
-    # ---- between the units and the modules ----
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        """Before a module's call."""
-        # Not to be seen by those who watch what the model does with its parameters.
-        with torch._C.DisableTorchFunction():
-            for unit in self._needs[module]:
-                self._held[unit] += 1
-            for unit in self._needs[module]:
-                self._bring(unit)
-                self._follow(unit)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a module's call, also one that was broken off: its units stay until their room is wanted."""
-        for unit in self._needs[module]:
-            self.let_go(unit)
-
-    def hold(self, unit: Unit) -> None:
-        """Bring a unit in, and keep it until it is let go as often."""
-        self._held[unit] += 1
-        self._bring(unit)
-
-    def let_go(self, unit: Unit) -> None:
-        """A unit is not needed any more by one of those who held it."""
-        self._held[unit] = max(0, self._held[unit] - 1)
 
     @contextmanager
     def window(self, unit: Unit, slot: Slot, writing: bool) -> Iterator[torch.Tensor]:
@@ -175,30 +137,21 @@ class Streamed(Memory):
         with self._backing.window(unit, slot.offset, slot.stop, writing) as values:
             yield values.view(slot.dtype)
 
-    # ---- what is on the device ----
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        """Before a module's call."""
+        # Not to be seen by those who watch what the model does with its parameters.
+        with torch._C.DisableTorchFunction():
+            self._stage.enter(self._needs[module])
 
-    def _bring(self, unit: Unit) -> None:
-        load = self._present.pop(unit, None)
-        if load is None:
-            if unit not in self._coming:
-                # Another order than the last time: what was sent for takes up room.
-                self._cancel()
-            load = self._coming.pop(unit, None) or self._send(unit)
-            values = self._carrier.arrive(load)
-            for slot in unit.slots:
-                for parameter in slot.parameters:
-                    bring_back(parameter, slot.flat(values).view(slot.shape))
-        # The last one is that which was used last.
-        self._present[unit] = load
-
-    def _send(self, unit: Unit) -> Load:
-        self._make_room(unit.size)
-        return self._carrier.send(unit, self._change(unit))
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a module's call, also one that was broken off."""
+        for unit in self._needs[module]:
+            self._stage.let_go(unit)
 
     def _flush(self, unit: Unit) -> None:
         change = self._change(unit)
         if change is not None:
-            self._make_room(unit.size)
+            self._stage.make_room(unit.size)
             self._carrier.change(unit, change)
 
     def _change(self, unit: Unit) -> Change | None:
@@ -209,74 +162,29 @@ class Streamed(Memory):
         assert self._update is not None
         return partial(_change, self._update, unit)
 
-    def _follow(self, unit: Unit) -> None:
-        """Note the order of units, and send for those that came next the last time."""
-        if self._trail is not None:
-            if self._trail[1] is unit:
-                return
-            self._next[self._trail] = unit
-        self._trail = (None if self._trail is None else self._trail[1], unit)
-        expected: list[Unit] = []
-        trail = self._trail
-        while len(expected) < _AHEAD and trail in self._next:
-            expected.append(self._next[trail])
-            trail = trail[1], expected[-1]
-        self._send_ahead(expected)
-
-    def _send_ahead(self, units: Sequence[Unit]) -> None:
-        first = True
-        for unit in units:
-            if unit in self._present or unit in self._coming:
-                continue
-            if not (self._make_room(unit.size, sparing=units) if first else self._fits(unit.size)):
-                break
-            self._coming[unit] = self._send(unit)
-            first = False
-
-    def _fits(self, size: int) -> bool:
-        return self._carrier.used + size <= self._carrier.room
-
-    def _make_room(self, size: int, sparing: Sequence[Unit] = ()) -> bool:
-        """Send away what nobody holds until there is room; first what was used last, for that is needed latest."""
-        for unit in reversed(list(self._present)):
-            if self._fits(size):
-                break
-            if not self._held[unit] and unit not in sparing:
-                self._release(unit)
-        return self._fits(size)
-
-    def _release(self, unit: Unit) -> None:
-        for slot in unit.slots:
-            for parameter in slot.parameters:
-                send_away(parameter, self._nothing[slot.dtype])
-        self._carrier.give_back(self._present.pop(unit))
-
-    def _cancel(self) -> None:
-        while self._coming:
-            self._carrier.give_back(self._coming.popitem()[1])
-
     def _move_out(self, unit: Unit) -> None:
         """Move a unit's parameters from where they were loaded to where they will lie."""
         self._backing.reserve(unit)
+        home = _Home(self, self._stage, unit)
         for slot in unit.slots:
             with self._backing.window(unit, slot.offset, slot.stop, writing=True) as values:
                 values.view(slot.dtype).copy_(slot.parameters[0].detach().reshape(-1))
             for parameter in slot.parameters:
-                parameter.zoray_home = self._homes[unit]  # type: ignore[attr-defined]
-                send_away(parameter, self._nothing[slot.dtype])
+                parameter.zoray_home = home  # type: ignore[attr-defined]
+        self._stage.empty(unit)
 
 
 class _Home:
     """A unit of one memory: what its parameters know of them (see `zoray.partitioned.Home`)."""
 
-    def __init__(self, memory: Streamed, unit: Unit) -> None:
-        self._memory, self._unit = memory, unit
+    def __init__(self, memory: Streamed, stage: Stage, unit: Unit) -> None:
+        self._memory, self._stage, self._unit = memory, stage, unit
 
     def hold(self) -> None:
-        self._memory.hold(self._unit)
+        self._stage.hold(self._unit)
 
     def let_go(self) -> None:
-        self._memory.let_go(self._unit)
+        self._stage.let_go(self._unit)
 
     @contextmanager
     def part(self, tensor: torch.Tensor, writing: bool) -> Iterator[torch.Tensor]:
@@ -288,9 +196,3 @@ class _Home:
 def _change(update: Group, unit: Unit, values: torch.Tensor) -> None:
     for shard in unit.shards(values):
         update.apply(shard)
-
-
-def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One element that makes itself felt if it is computed with all the same."""
-    value = float("nan") if dtype.is_floating_point else 0
-    return torch.full((1,), value, dtype=dtype, device=device)
