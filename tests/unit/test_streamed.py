@@ -16,7 +16,7 @@ from tests.conftest import make_model
 from tests.unit.helpers import bits, commit_of
 from tests.unit.shards import batch_of, loaded
 from tests.unit.test_architectures import MODELS
-from zoray.errors import ModelError, ResourceError
+from zoray.errors import ConfigError, ModelError, ResourceError
 from zoray.memory import carrier
 from zoray.memory.away import Away
 from zoray.memory.backing import File
@@ -216,6 +216,13 @@ def test_a_parameter_of_another_class_is_refused() -> None:
     model.weight = Quantised(model.weight.data)
     with pytest.raises(ModelError, match="'weight' is a Quantised"):
         Replica(model, memory=Streamed)
+
+
+def test_a_file_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="folder for them is None"):
+        Streaming("nvme")
+    with pytest.raises(ConfigError, match="in 'cpu'"):
+        Streaming("cpu", tmp_path)
 
 
 def no_room(*_: object) -> None:

@@ -67,7 +67,7 @@ class Carrier:
         ready = torch.cuda.current_stream(self.device).record_event() if self._stream else None
         arrived = done = self._thread.submit(self._noted, self._bring, unit, buffer, change, ready)
         if change is not None and self._changed_there(unit) is None:
-            done = self._thread.submit(self._noted, self.backing.write, unit, buffer[: unit.size])
+            done = self._thread.submit(self._noted, self._return, unit, buffer)
         self._last = done
         return Load(buffer, arrived, done)
 
@@ -155,6 +155,10 @@ class Carrier:
         if change is not None and there is None:
             change(buffer[: unit.size])
         return self._stream.record_event() if self._stream else None
+
+    def _return(self, unit: Unit, buffer: torch.Tensor) -> None:
+        # No view of the buffer may outlive this, not even as an argument: see `_is_seen`.
+        self.backing.write(unit, buffer[: unit.size])
 
 
 def _is_seen(buffer: torch.Tensor) -> bool:

@@ -23,6 +23,7 @@ from torch import nn
 from zoray.commits import Commit
 from zoray.digest import tensor_digest
 from zoray.directions import Directions
+from zoray.errors import ConfigError
 from zoray.layout import trainable_parameters
 from zoray.memory.backing import Backing, File, Host
 from zoray.memory.base import Memory
@@ -44,11 +45,18 @@ class Streaming:
         offload: "cpu", in the host's memory; "nvme", in a file.
         folder: for that file; it has no name there and is gone with the process.
         device: where the model computes; None: where it is.
+
+    Raises:
+        ConfigError: a file without a folder, or a folder without a file.
     """
 
     offload: Literal["cpu", "nvme"] = "cpu"
     folder: Path | None = None
     device: str | torch.device | None = None
+
+    def __post_init__(self) -> None:
+        if (self.offload == "nvme") != (self.folder is not None):
+            raise ConfigError(f"Weights are to be in {self.offload!r}, and the folder for them is {self.folder}.")
 
 
 _DEFAULT = Streaming()
