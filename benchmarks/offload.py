@@ -28,6 +28,8 @@ from benchmarks.memory import spread
 KINDS = ("resident", "zero3-cpu", "streamed-cpu", "zero3-nvme", "streamed-nvme")
 DTYPES = ("float32", "bfloat16")
 STEPS, ROUNDS = 3, 3
+BUFFER = 40_000_000
+"""Weights in each of the five buffers that DeepSpeed has for files, in memory that it does not have from torch."""
 
 
 def child(kind: str, dtype: str, folder: Path) -> None:
@@ -52,7 +54,7 @@ def child(kind: str, dtype: str, folder: Path) -> None:
         with ExitStack() as stack:
             if backend == "zero3":
                 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-                sharding = Sharding(place, files, buffer=40_000_000)  # type: ignore[arg-type]
+                sharding = Sharding(place, files, buffer=BUFFER)  # type: ignore[arg-type]
                 memory = partial(Zero3, sharding=sharding)
                 stack.enter_context(partitioned_loading(width, sharding))
             elif backend == "streamed":
@@ -152,6 +154,9 @@ def figures(dtype: str, rounds: list[dict[str, dict[str, float]]]) -> list[Row]:
         rows.append(Row(f"{dtype}: step of {mine} / the same, updated at once", spread(each), "reported", None))
     for name, figure in {"peak": "a probe", "loading": "loading"}.items():
         text = ", ".join(f"{kind} {median(kind, name):,.0f} MiB" for kind in KINDS)
+        text += (
+            f"; and {5 * BUFFER * getattr(torch, dtype).itemsize / 2**20:,.0f} MiB of DeepSpeed's own for zero3-nvme"
+        )
         rows.append(Row(f"{dtype}: peak of tensors in {figure}", text, "reported", None))
     return rows
 
