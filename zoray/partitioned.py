@@ -1,5 +1,6 @@
-"""Parameters of which a process holds one flat part.
+"""Parameters that are whole and in their place only for the time of their module's call.
 
+A streamed parameter (`zoray.memory.streamed`) has a home, which brings it to the device; all of it is this process's.
 ZeRO-3 gives each of R processes the elements [rank P, (rank + 1) P) of every parameter, P = ceil(numel / R), and leaves
 an empty tensor in the parameter's place; DeepSpeed's hooks make it whole for the time of its module's call (Rajbhandari
 et al. 2020, ZeRO). What a parameter was is written on it by DeepSpeed, so nothing here imports DeepSpeed.
@@ -8,8 +9,8 @@ et al. 2020, ZeRO). What a parameter was is written on it by DeepSpeed, so nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +23,37 @@ class Part(NamedTuple):
 
     values: torch.Tensor
     start: int
+
+
+class Home(Protocol):
+    """Where the values of a streamed parameter are between two uses; it is written on the parameter as `zoray_home`."""
+
+    def hold(self) -> None:
+        """Bring the values to their place, and keep them there."""
+
+    def let_go(self) -> None:
+        """What `hold` was called for is over."""
+
+    def part(self, tensor: torch.Tensor, writing: bool) -> AbstractContextManager[torch.Tensor]:
+        """A parameter's values as a 1-D tensor, for the time of the block (see `own_part`)."""
+
+
+def home_of(tensor: torch.Tensor | None) -> Home | None:
+    """The home of a streamed parameter; None for any other."""
+    found: Home | None = getattr(tensor, "zoray_home", None)
+    return found
+
+
+def mark_spilled(parameter: torch.Tensor) -> bool:
+    """Note that a parameter's values were put into a file while its model is loaded; False if they were before."""
+    known = is_spilled(parameter)
+    parameter.zoray_spilled = True  # type: ignore[attr-defined]
+    return not known
+
+
+def is_spilled(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values are in a file, from where its memory will take them; they are aligned there."""
+    return hasattr(tensor, "zoray_spilled")
 
 
 def is_partitioned(tensor: torch.Tensor | None) -> bool:
@@ -50,6 +82,11 @@ def own_part(tensor: Any, writing: bool = False) -> Iterator[Part]:
         tensor: the parameter; a partitioned one must not be gathered, if it is written to.
         writing: the view may be written to.
     """
+    home = home_of(tensor)
+    if home is not None:
+        with home.part(tensor, writing) as values:
+            yield Part(values, 0)
+        return
     if not is_partitioned(tensor):
         yield Part(tensor.detach().reshape(-1), 0)
         return
@@ -73,19 +110,27 @@ def holds_buffers(tensors: Iterable[torch.Tensor]) -> bool:
 
 @contextmanager
 def kept_whole(parameters: Iterable[torch.Tensor]) -> Iterator[Callable[[], None]]:
-    """Keep gathered parameters from being taken apart, from the call of what this yields to the end of the block.
+    """Keep parameters from being taken away or apart, from the call of what this yields to the end of the block.
 
-    DeepSpeed gathers a parameter for its module's call; this lets its use go on after that, without another all-gather.
+    They are in their place for their module's call; this lets their use go on after that, without another all-gather.
     """
-    partitioned: list[Any] = [parameter for parameter in parameters if is_partitioned(parameter)]
+    everything = list(parameters)
+    partitioned: list[Any] = [parameter for parameter in everything if is_partitioned(parameter)]
+    homes = [home for parameter in everything if (home := home_of(parameter)) is not None]
+    held: list[Home] = []
 
     def keep() -> None:
         for parameter in partitioned:
             parameter.ds_active_sub_modules.add(_HOLDER)
+        for home in homes:
+            home.hold()
+            held.append(home)
 
     try:
         yield keep
     finally:
+        for home in held:
+            home.let_go()
         for parameter in partitioned:
             parameter.ds_active_sub_modules.discard(_HOLDER)
             if is_gathered(parameter) and not parameter.ds_active_sub_modules:

@@ -42,9 +42,10 @@ class Replica:
         signs: both signs in one forward ("batched"), in two ("sequential"), or as proved on the first batch ("auto").
         head: the language-model head in slices of the vocabulary ("chunked"), whole ("full"), or as proved ("auto").
         loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
-        memory: what holds the weights, made of the model and the run's directions. With `zoray.memory.zero3.Zero3` each
-            of several processes holds a part of them; all of them must then call the same methods in the same order,
-            but for `probe`'s address and batch, of which each has its own.
+        memory: what holds the weights, made of the model and the run's directions. With `Streamed`, of
+            `zoray.memory.streamed`, they are brought to the device block by block. With `Zero3`, of
+            `zoray.memory.zero3`, each of several processes holds a part of them; all of them must then call the same
+            methods in the same order, but for `probe`'s address and batch, of which each has its own.
 
     Raises:
         ModelError: nothing to train, or a parameter that cannot be trained.

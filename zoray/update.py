@@ -59,7 +59,7 @@ def apply_commits(
         block_elements: weights per block; any value gives the same bits.
     """
     with torch.no_grad():
-        for group in _groups(commits, directions):
+        for group in groups_of(commits, directions):
             for shard in shards:
                 group.apply(shard, block_elements)
 
@@ -89,8 +89,13 @@ def _blocks(shard: Shard, block_elements: int) -> Iterator[_Block]:
         position += height * width
 
 
-class _Group:
-    """Consecutive commits with the bits of their directions, ready to be applied to any block of any parameter."""
+class Group:
+    """Consecutive commits with the bits of their directions, ready to be applied to any block of any parameter.
+
+    Args:
+        directions: the run's directions.
+        commits: consecutive commits with at most about a thousand terms (see `groups_of`).
+    """
 
     def __init__(self, directions: Directions, commits: Sequence[Commit]) -> None:
         self.directions = directions
@@ -104,8 +109,8 @@ class _Group:
         fits = len(self.addresses) * total <= _PACKED_BYTES and directions.layout.kind == "rank"
         self._packed = directions.read(self.addresses, 0, total) if fits else None
 
-    def apply(self, shard: Shard, block_elements: int) -> None:
-        """Apply all commits of the group to a shard, block by block and in place."""
+    def apply(self, shard: Shard, block_elements: int = BLOCK_ELEMENTS) -> None:
+        """Apply all commits of the group to a shard, block by block and in place; no gradients may be recorded."""
         if not self.commits:
             return
         spec, device = shard.spec, shard.values.device
@@ -209,7 +214,7 @@ def _float32(total: torch.Tensor) -> torch.Tensor:
     return total if total.dtype == torch.float32 else total.view(torch.float32).copy_(total)
 
 
-def _groups(commits: Sequence[Commit], directions: Directions) -> Iterator[_Group]:
+def groups_of(commits: Sequence[Commit], directions: Directions) -> Iterator[Group]:
     """Groups of commits whose directions fit in memory together, in order."""
     rank = max((spec.rank for spec in directions.layout.specs), default=1)
     batch: list[Commit] = []
@@ -217,12 +222,12 @@ def _groups(commits: Sequence[Commit], directions: Directions) -> Iterator[_Grou
     for commit in commits:
         count = len(commit.terms) * max(rank, 1)
         if batch and terms + count > _GROUP_TERMS:
-            yield _Group(directions, batch)
+            yield Group(directions, batch)
             batch, terms = [], 0
         batch.append(commit)
         terms += count
     if batch:
-        yield _Group(directions, batch)
+        yield Group(directions, batch)
 
 
 def whole(parameters: Mapping[str, torch.Tensor], directions: Directions) -> list[Shard]:

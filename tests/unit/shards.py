@@ -33,6 +33,8 @@ from zoray.directions import Directions
 from zoray.errors import ModelError
 from zoray.loss import RowLosses
 from zoray.memory import Memory, Resident, pieces
+from zoray.memory.spill import streamed_loading
+from zoray.memory.streamed import Streamed, Streaming
 from zoray.memory.zero3 import Sharding, Zero3, partitioned_loading
 from zoray.models import load_model
 from zoray.replica import Replica
@@ -53,7 +55,7 @@ class World:
     """The processes a check runs in.
 
     Attributes:
-        backend: "resident" (no world at all), "zero3", "zero3-cpu" or "zero3-nvme".
+        backend: "resident", "streamed-cpu" or "streamed-nvme" (no world at all), "zero3", "zero3-cpu" or "zero3-nvme".
         models: folder with the models, one folder each.
         shared: folder that all of a world's processes and `test_memory.py` see.
     """
@@ -65,23 +67,33 @@ class World:
     shared: Path
 
     @property
+    def alone(self) -> bool:
+        return not self.backend.startswith("zero3")
+
+    @property
     def name(self) -> str:
-        return self.backend if self.backend == "resident" else f"{self.backend}-{self.size}"
+        return self.backend if self.alone else f"{self.backend}-{self.size}"
 
     @property
     def sharding(self) -> Sharding:
         offload: Any = self.backend.partition("-")[2] or "none"
         return Sharding(offload, self.shared / "offloaded", buffer=1 << 21)
 
+    @property
+    def streaming(self) -> Streaming:
+        return Streaming("nvme", self.shared) if self.backend == "streamed-nvme" else Streaming()
+
     def memory(self, model: nn.Module, directions: Directions, **options: object) -> Memory:
         if self.backend == "resident":
             return Resident(model, directions)
+        if self.alone:
+            return Streamed(model, directions, self.streaming)
         return Zero3(model, directions, replace(self.sharding, options=options))
 
     def load(self, kind: str, dtype: str = "float32", **keys: Any) -> nn.Module:
-        """A model as a run's configuration has it, partitioned from the start."""
-        alone = self.backend == "resident"
-        with nullcontext() if alone else partitioned_loading(getattr(torch, dtype), self.sharding):
+        """A model as a run's configuration has it, partitioned or in files from the start."""
+        in_parts = not self.alone and partitioned_loading(getattr(torch, dtype), self.sharding)
+        with in_parts or streamed_loading(self.streaming):
             return loaded(self.models / kind, dtype, **keys)
 
     def replica(self, model: nn.Module, rank: int = 1, **options: Any) -> Replica:
@@ -89,7 +101,7 @@ class World:
 
     def everyone(self, value: Any) -> list[Any]:
         """The value each process has."""
-        if self.backend == "resident":
+        if self.alone:
             return [value]
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, value)
@@ -235,7 +247,7 @@ def _a_batch_of_another_shape(world: World) -> None:
     assert sharded.prove(short) == resident.prove(short)
     expected = resident.probe(0, 0, short, 1e-3)
     assert sharded.probe(0, 0, short, 1e-3) == expected
-    if world.backend != "resident":
+    if not world.alone:
         try:
             sharded.probe(0, 0, long, 1e-3)
             raise AssertionError("it was taken in two forwards")
@@ -394,6 +406,71 @@ def stale_copies(world: World) -> None:
         assert not _after_an_update(world, trap, guarded=False), f"{trap} is no trap"
 
 
+@contextmanager
+def let_come(replica: Replica) -> Iterator[None]:
+    """What is on its way to the device is not called back."""
+    replica.memory._stage._cancel = lambda: None  # type: ignore[attr-defined]
+    yield
+
+
+STREAMED_TRAPS: dict[str, tuple[Any, bool]] = {
+    # name: (what takes the guard away, whether a forward is broken off while the next unit is on its way)
+    "there": (unguarded, False),
+    "coming": (let_come, True),
+}
+
+
+def _after_a_streamed_update(world: World, trap: str, guarded: bool) -> bool:
+    """Whether a probe after an update is that of a resident replica."""
+    without, broken = STREAMED_TRAPS[trap]
+    resident, streamed = Replica(loaded(world.models / "deep", "float32"), 7), world.replica(world.load("deep"))
+    for k in range(2):
+        assert streamed.probe(0, k, batch_of(k), 1e-3) == resident.probe(0, k, batch_of(k), 1e-3)
+    with nullcontext() if guarded else without(streamed):
+        if broken:
+            _break_off(streamed, [module for module in streamed.model.modules() if isinstance(module, nn.LayerNorm)][5])
+        resident.apply(COMMITS)
+        streamed.apply(COMMITS)
+        same = streamed.probe(3, 0, batch_of(9), 1e-3) == resident.probe(3, 0, batch_of(9), 1e-3)
+        assert_same(world, streamed, resident)
+        return same
+
+
+def stale_streamed_copies(world: World) -> None:
+    """Nothing that is on the device or on its way there outlives an update."""
+    for trap in STREAMED_TRAPS:
+        assert _after_a_streamed_update(world, trap, guarded=True), trap
+        assert not _after_a_streamed_update(world, trap, guarded=False), f"{trap} is no trap"
+
+
+def streamed_peak(world: World) -> None:
+    """On the device are two blocks, the largest other module and the activations; loading and moving take no more."""
+    twin: Any = loaded(world.models / "deep", "float32")
+    model, block, largest = (
+        sum(p.numel() * p.element_size() for p in module.parameters())
+        for module in (twin, twin.transformer.h[0], twin.transformer.wte)
+    )
+    assert model > 6 * block > 12 * largest
+    with Peak() as loading:
+        here = world.load("deep")
+    with Peak() as moving:
+        streamed = world.replica(here)
+    weights = model if world.backend == "streamed-cpu" else 0
+    peaks = []
+    for replica in (streamed, Replica(twin, 7)):
+        with Peak() as stepping:
+            for step in range(3):
+                probe = replica.probe(step, 0, batch_of(0, rows=1, length=4), 1e-3)
+                if replica is streamed:
+                    replica.apply(commit(step, [probe], learning_rate=1e-3))
+        peaks.append(stepping.peak)
+    found = {"loading": loading.peak, "moving": moving.peak, "stepping": peaks, "block": block, "largest": largest}
+    assert loading.peak <= weights + largest, found
+    # Where a file is, each parameter is in memory on its way.
+    assert moving.peak <= weights + block, found
+    assert 2 * block < peaks[0] - peaks[1] <= 2 * block + largest, found
+
+
 def peak(world: World) -> None:
     """Loading, proof, probes and updates never take more than the own parts, one module and the activations."""
     twin = loaded(world.models / "deep", "float32")
@@ -450,6 +527,8 @@ WORLDS: dict[tuple[str, int], tuple[Check, ...]] = {
 """The checks of each backend with each number of processes, in the order in which the worlds are formed."""
 
 RESIDENT: tuple[Check, ...] = (*CONTRACT, every_path)
+STREAMED: tuple[Check, ...] = (*CONTRACT, every_path, stale_streamed_copies, streamed_peak)
+"""The checks of those that need no world."""
 
 
 class Split(Memory):

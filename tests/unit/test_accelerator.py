@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.helpers import bits, commit_of
+from zoray.aggregate import commit
+from zoray.memory.streamed import Streamed, Streaming
 from zoray.replica import Replica
 
 pytestmark = [
@@ -16,11 +21,12 @@ pytestmark = [
 ]
 
 
-def model(dtype: torch.dtype) -> torch.nn.Module:
+def model(dtype: torch.dtype, layers: int = 2, width: int = 64) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    shape = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=64, vocab_size=301, bos_token_id=0, eos_token_id=0)
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": 2, "n_positions": 64, "vocab_size": 301}
+    shape = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(shape).to(dtype).eval()
 
 
@@ -49,3 +55,43 @@ def test_a_probe_agrees_with_the_processor_s_and_leaves_the_weights_alone() -> N
         assert theirs.projected_gradient == pytest.approx(mine.projected_gradient, rel=0.02, abs=1e-3)
     assert one.verdict == other.verdict
     assert other.digest() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_streamed_weights_give_the_resident_ones_bits(offload: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Blocks large enough to be still on their way when they are wanted, several updates, and nothing in between."""
+    resident = Replica(model(dtype, 8, 1024).cuda(), 7)
+    streaming = Streaming(offload, tmp_path if offload == "nvme" else None, "cuda")
+    streamed = Replica(model(dtype, 8, 1024), 7, memory=partial(Streamed, streaming=streaming))
+    ids = torch.randint(1, 300, (4, 64), generator=torch.Generator().manual_seed(1)).cuda()
+    batch = {"input_ids": ids, "labels": ids}
+    for step in range(6):
+        probes = [resident.probe(step, k, batch, 1e-3) for k in range(3)]
+        assert [streamed.probe(step, k, batch, 1e-3) for k in range(3)] == probes
+        update = commit(step, probes, learning_rate=1e-2)
+        resident.apply(update)
+        streamed.apply(update)
+        if step % 2:
+            assert streamed.digest() == resident.digest()
+    assert streamed.base_digest() == resident.base_digest()
+    for mine, theirs in zip(streamed.memory.shards(), resident.memory.shards(), strict=True):
+        assert torch.equal(bits(mine.values.cpu()), bits(theirs.values.cpu())), mine.spec.name
+
+
+def test_streamed_weights_take_two_blocks_of_the_device_s_memory() -> None:
+    here: Any = model(torch.float32, 8, 1024)
+    block, table = (sum(p.numel() * 4 for p in m.parameters()) for m in (here.transformer.h[0], here.transformer.wte))
+    ids = torch.randint(1, 300, (4, 64), generator=torch.Generator().manual_seed(1)).cuda()
+    peaks = []
+    for memory in (partial(Streamed, streaming=Streaming("cpu", None, "cuda")), None):
+        replica = Replica(copy.deepcopy(here) if memory else here.cuda(), **({"memory": memory} if memory else {}))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for step in range(3):
+            probe = replica.probe(step, 0, {"input_ids": ids, "labels": ids}, 1e-3)
+            replica.apply(commit(step, [probe], learning_rate=1e-3))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del replica
+    # The allocator rounds; an update's sums are on the device at the same time as the activations.
+    assert peaks[0] - peaks[1] < 2.5 * block + table

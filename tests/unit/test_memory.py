@@ -1,4 +1,4 @@
-"""What every memory must do (see `shards.py`), in worlds of real processes; and resident, in this one."""
+"""What every memory must do (see `shards.py`), in worlds of real processes; resident and streamed in this one."""
 
 from __future__ import annotations
 
@@ -90,6 +90,12 @@ def test_sharded(reports: list[dict[str, Any]], backend: str, size: int, check: 
 @pytest.mark.parametrize("check", shards.RESIDENT, ids=lambda check: check.__name__)
 def test_resident(folder: Path, check: shards.Check) -> None:
     check(shards.World("resident", 0, 1, folder / "models", folder))
+
+
+@pytest.mark.parametrize("check", shards.STREAMED, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("offload", ["cpu", "nvme"])
+def test_streamed(folder: Path, offload: str, check: shards.Check) -> None:
+    check(shards.World(f"streamed-{offload}", 0, 1, folder / "models", folder))
 
 
 @pytest.mark.usefixtures("reports")

@@ -18,6 +18,7 @@ from zoray.config.sections import (
     LoraConfig,
     ReplicaRange,
     ResidentMemory,
+    StreamedMemory,
     Zero3Memory,
 )
 
@@ -49,6 +50,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`replicas: {min: ..., max: ...}`", "replicas.", ReplicaRange),
     ("`memory` with `kind: resident`", "memory.", ResidentMemory),
     ("`memory` with `kind: zero3`", "memory.", Zero3Memory),
+    ("`memory` with `kind: streamed`", "memory.", StreamedMemory),
 )
 
 

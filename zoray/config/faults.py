@@ -17,6 +17,7 @@ from zoray.config.sections import (
     ClassificationTask,
     ReplicaRange,
     ResidentMemory,
+    StreamedMemory,
     TrainableLora,
     Zero3Memory,
 )
@@ -25,7 +26,7 @@ from zoray.errors import ConfigError
 
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
     "task": {"causal_lm": CausalLMTask, "classification": ClassificationTask},
-    "memory": {"resident": ResidentMemory, "zero3": Zero3Memory},
+    "memory": {"resident": ResidentMemory, "zero3": Zero3Memory, "streamed": StreamedMemory},
 }
 """Sections whose keys depend on their `kind`; the first is taken where that is not given."""
 

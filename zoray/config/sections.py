@@ -193,13 +193,41 @@ class Zero3Memory(Section):
 
     @model_validator(mode="after")
     def _files_have_a_place(self) -> Self:
-        if (self.offload == "nvme") != (self.nvme_path is not None):
-            raise fault(
-                "memory.nvme_path",
-                "Weights in files need a folder." if self.offload == "nvme" else "A folder is given, but no files.",
-                "Give nvme_path together with offload: nvme.",
-            )
+        _require_place(self.offload, self.nvme_path)
         return self
 
 
-MemoryConfig = Annotated[ResidentMemory | Zero3Memory, Field(discriminator="kind")]
+class StreamedMemory(Section):
+    """A replica is one process, which brings its weights to the device block by block while it computes."""
+
+    kind: Literal["streamed"] = key(
+        ..., "Weights that are on the device for the time of their block's forward.", mathematics=False
+    )
+    offload: Literal["cpu", "nvme"] = key(
+        "cpu",
+        "Where the weights lie: in the machine's memory, or in a file under `nvme_path`.",
+        mathematics=False,
+    )
+    nvme_path: str | None = key(
+        None,
+        "Folder on a fast disk of each machine, for `offload: nvme`; the file is gone with the replica.",
+        mathematics=False,
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _files_have_a_place(self) -> Self:
+        _require_place(self.offload, self.nvme_path)
+        return self
+
+
+def _require_place(offload: str, nvme_path: str | None) -> None:
+    if (offload == "nvme") != (nvme_path is not None):
+        raise fault(
+            "memory.nvme_path",
+            "Weights in files need a folder." if offload == "nvme" else "A folder is given, but no files.",
+            "Give nvme_path together with offload: nvme.",
+        )
+
+
+MemoryConfig = Annotated[ResidentMemory | Zero3Memory | StreamedMemory, Field(discriminator="kind")]

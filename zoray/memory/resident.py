@@ -12,7 +12,8 @@ from zoray.layout import trainable_parameters
 from zoray.memory.base import Memory
 from zoray.update import Shard, whole
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""Bytes; torch begins every storage of its own on such a border."""
 
 
 class Resident(Memory):
@@ -40,7 +41,11 @@ class Resident(Memory):
 def align(model: nn.Module) -> None:
     """Give every parameter and buffer that needs it contiguous storage on a 64-byte border."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and (tensor.data_ptr() % _ALIGNMENT or not tensor.is_contiguous()):
-            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-        elif not tensor.is_contiguous():
-            tensor.data = tensor.data.contiguous()
+        tensor.data = aligned(tensor.data)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it is contiguous and, on a processor, begins on a 64-byte border; else a copy that does."""
+    if tensor.device.type == "cpu" and (tensor.data_ptr() % ALIGNMENT or not tensor.is_contiguous()):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()

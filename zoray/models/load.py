@@ -14,6 +14,7 @@ from zoray.errors import ModelError
 from zoray.models.source import find, quiet
 from zoray.models.trainable import add_adapters, select, trains
 from zoray.models.words import reason, some
+from zoray.partitioned import is_spilled
 from zoray.stores import is_uri, shown
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _reallocate(model: nn.Module) -> None:
     """
     moved: dict[tuple[Any, ...], torch.Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "cpu":
+        if tensor.device.type != "cpu" or is_spilled(tensor):
             continue
         # Two parameters over the same memory are one weight, and stay so.
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
