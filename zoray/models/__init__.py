@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from zoray.models.blank import blank_model
 from zoray.models.limits import check_lengths, check_tokens, max_positions
 from zoray.models.load import load_model, load_tokenizer
 
-__all__ = ["check_lengths", "check_tokens", "load_model", "load_tokenizer", "max_positions"]
+__all__ = ["blank_model", "check_lengths", "check_tokens", "load_model", "load_tokenizer", "max_positions"]
