@@ -38,9 +38,13 @@ def blank_model(config: RunConfig, num_labels: int | None = None) -> nn.Module:
         ConfigError: `trainable` matches nothing.
     """
     with _described(config) as source, torch.random.fork_rng(devices=[]), quiet(), torch.device("meta"):
-        model, new = _from_config(config, source, num_labels)
+        made, new = _from_config(config, source, num_labels)
+        model: nn.Module = made
         if isinstance(config.trainable, TrainableLora):
             model = add_adapters(model, config.trainable.lora, config, new)
+            for parameter in model.parameters():
+                # On this device peft leaves its own in float32.
+                parameter.data = parameter.data.to(getattr(torch, config.dtype))
     if isinstance(config.trainable, str):
         select(model, config.trainable)
     return model.eval()
@@ -97,7 +101,9 @@ def _described(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def _fetched(config: RunConfig, folder: Path) -> dict[str, Any]:
-    names = [each.name for each in listed(config.model) if each.name.endswith((".json", ".py")) and "/" not in each.name]
+    names = [
+        each.name for each in listed(config.model) if each.name.endswith((".json", ".py")) and "/" not in each.name
+    ]
     try:
         stores.fetch(config.model, names, folder)
     except stores.StoreError as error:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Peak(TorchDispatchMode):
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most bytes that storages made within the block have had at the same time.
 
     One that no allocator gave does not count: it is mapped from a file, and its pages are the kernel's to drop. Nor
@@ -20,7 +20,7 @@ class Peak(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.now = 0
         self._known = set[int]()
 
@@ -28,7 +28,7 @@ class Peak(TorchDispatchMode):
         for found in gc.get_objects():
             if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
                 self._note(found.untyped_storage(), 0)
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -46,7 +46,8 @@ class Shadow:
     def running(self, *modes: TorchDispatchMode) -> Iterator[None]:
         """Tensors made in this block have no memory; the modes see the operations on them."""
         with ExitStack() as stack:
-            for mode in (torch.no_grad(), self._mode, *modes, _Answers(self.padded)):
+            stack.enter_context(torch.no_grad())
+            for mode in (self._mode, *modes, _Answers(self.padded)):
                 stack.enter_context(mode)
             yield
 
@@ -68,14 +69,14 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers what can only be known of values.
 
     All positions of a mask are chosen, so that as much is computed as ever could be.
     """
 
     def __init__(self, padded: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.padded = padded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

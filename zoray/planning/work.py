@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ from zoray.commits import seal
 from zoray.config import CausalLMTask, RunConfig
 from zoray.digest import tensor_digest
 from zoray.errors import ModelError, ZorayError
-from zoray.layout import Layout, make_layout, trainable_parameters
+from zoray.layout import Layout, ParamSpec, make_layout, trainable_parameters
 from zoray.models import blank_model, check_lengths
 from zoray.models.words import reason
-from zoray.planning.gathered import gathering, part_of
+from zoray.planning.gathered import gathering
 from zoray.planning.live import Peak
 from zoray.planning.shadow import Shadow, ShadowDirections
 from zoray.probe import Prober
@@ -40,6 +40,7 @@ class Work:
         parameters: (elements, bytes per element, trained) of each parameter; tied ones once.
         buffers: of the model, of which every process has all.
         largest_module: parameters that belong to one module, of the largest.
+        tied: parameters that have several names, counted once for each name beyond the first.
         passing: peak of what is made and let go of again, by what the process is doing.
         verdict: the paths that the probes take.
     """
@@ -47,6 +48,7 @@ class Work:
     parameters: tuple[tuple[int, int, bool], ...]
     buffers: int
     largest_module: int
+    tied: int
     passing: Mapping[str, int]
     verdict: Verdict
 
@@ -85,14 +87,20 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     with _explained(config), gathering(model, shards) if shards > 1 else nullcontext():
         verdict = _forwards(config, model, ShadowDirections(layout, config.seed), counter)
     _updates(config, layout, counter, shards)
-    named = list(model.parameters())
+    named = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    once = list(model.parameters())
     return Work(
-        tuple((p.numel(), p.element_size(), p.requires_grad) for p in named),
-        sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
-        max(sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in model.modules()),
-        counter.found,
-        verdict,
+        parameters=tuple((p.numel(), p.element_size(), p.requires_grad) for p in once),
+        buffers=_bytes(model.buffers()),
+        largest_module=max(_bytes(module.parameters(recurse=False)) for module in model.modules()),
+        tied=_bytes(named) - _bytes(once),
+        passing=counter.found,
+        verdict=verdict,
     )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class _Counter:
@@ -139,13 +147,17 @@ def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) 
     factored = [spec for spec in layout.specs if spec.rank]
     dense = [spec for spec in layout.specs if not spec.rank]
     chosen = [max(specs, key=lambda spec: spec.cols) for specs in (factored, dense) if specs]
-    for spec in chosen:
+    directions = ShadowDirections(layout, config.seed)
+
+    def shard(spec: ParamSpec) -> Shard:
         count = min(-(-spec.numel // shards), 2 * BLOCK_ELEMENTS)
         with counter.shadow.running():
-            shard = Shard(spec, torch.empty(count, dtype=getattr(torch, spec.dtype)))
-        directions = ShadowDirections(layout, config.seed)
-        counter.count("update", lambda made=shard, of=directions: apply_commits(of, [made], [commit]))  # type: ignore[misc]
-        counter.count("digest", lambda made=shard: tensor_digest(made.spec.name, made.values))  # type: ignore[misc]
+            return Shard(spec, torch.empty(count, dtype=getattr(torch, spec.dtype)))
+
+    for part in map(shard, chosen):
+        counter.count("update", lambda made=part: apply_commits(directions, [made], [commit]))  # type: ignore[misc]
+    largest = shard(max(layout.specs, key=lambda spec: spec.numel))
+    counter.count("digest", lambda: tensor_digest(largest.spec.name, largest.values))
     counter.found["update"] += _bits(layout, terms)
 
 
@@ -154,8 +166,8 @@ def _bits(layout: Layout, terms: int) -> int:
     packed = terms * layout.total_bytes
     if layout.kind != "rank" or packed > _PACKED_BYTES:
         packed = 0
-    widest = max(terms * max(spec.cols, 1) if spec.rank else min(terms * spec.cols, _PACKED_BYTES) for spec in layout.specs)
-    return packed + 2 * widest
+    pieces = [terms * spec.cols if spec.rank else min(terms * spec.cols, _PACKED_BYTES) for spec in layout.specs]
+    return packed + 2 * max(pieces)
 
 
 @contextmanager
