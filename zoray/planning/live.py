@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,15 +18,19 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     One that no allocator gave does not count: it is mapped from a file, and its pages are the kernel's to drop. Nor
     does what a library makes for itself, or another thread. Tensors without memory (`zoray.planning.shadow`) count
     as what they stand for.
+
+    Args:
+        there: the tensors that are there before; by default they are looked for among all objects, which takes a while.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[torch.Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.now = 0
+        self._there = there
         self._known = set[int]()
 
     def __enter__(self) -> Any:
-        for found in gc.get_objects():
+        for found in gc.get_objects() if self._there is None else self._there:
             if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
                 self._note(found.untyped_storage(), 0)
         return super().__enter__()  # type: ignore[no-untyped-call]

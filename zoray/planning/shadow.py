@@ -29,18 +29,23 @@ class Shadow:
     Args:
         model: see `zoray.models.blank_model`.
         padded: whether its batches are padded, so that attention needs a mask.
+
+    Attributes:
+        tensors: the model's own.
     """
 
     def __init__(self, model: nn.Module, padded: bool) -> None:
         self.model, self.padded = model, padded
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        made: dict[int, Any] = {}
+        made: dict[int, torch.Tensor] = {}
         with self._mode:
             for module in model.modules():
                 for tensors in (module._parameters, module._buffers):
                     for name, tensor in tensors.items():
                         if tensor is not None:
-                            tensors[name] = made.setdefault(id(tensor), _without_memory(tensor))
+                            made.setdefault(id(tensor), _without_memory(tensor))
+                            tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+        self.tensors = list(made.values())
 
     @contextmanager
     def running(self, *modes: TorchDispatchMode) -> Iterator[None]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -109,8 +110,9 @@ class _Counter:
     def __init__(self, shadow: Shadow) -> None:
         self.shadow, self.found = shadow, dict[str, int]()
 
-    def count(self, name: str, work: Callable[[], object]) -> None:
-        with self.shadow.running(peak := Peak()):
+    def count(self, name: str, work: Callable[[], object], there: Iterable[torch.Tensor]) -> None:
+        """Do some work on tensors that are there before, and note what was made for it at its peak."""
+        with self.shadow.running(peak := Peak([*self.shadow.tensors, *there])):
             work()
         self.found[name] = max(peak.peak, self.found.get(name, 0))
 
@@ -125,11 +127,11 @@ def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections,
         made = prove(model, directions, batch, rows, signs=config.signs, head=config.head, epsilon=config.epsilon)
         found.append(made)
 
-    counter.count("proof of the fast paths", proof)
+    counter.count("proof of the fast paths", proof, batch.values())
     prober = Prober(model, directions, found[0])
-    counter.count("probe", lambda: prober.losses(0, 0, batch, config.epsilon))
+    counter.count("probe", lambda: prober.losses(0, 0, batch, config.epsilon), batch.values())
     if config.task.eval is not None:
-        counter.count("evaluation", lambda: prober.evaluate(held_out))
+        counter.count("evaluation", lambda: prober.evaluate(held_out), held_out.values())
     return found[0]
 
 
@@ -155,9 +157,9 @@ def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) 
             return Shard(spec, torch.empty(count, dtype=getattr(torch, spec.dtype)))
 
     for part in map(shard, chosen):
-        counter.count("update", lambda made=part: apply_commits(directions, [made], [commit]))  # type: ignore[misc]
+        counter.count("update", partial(apply_commits, directions, [part], [commit]), [part.values])
     largest = shard(max(layout.specs, key=lambda spec: spec.numel))
-    counter.count("digest", lambda: tensor_digest(largest.spec.name, largest.values))
+    counter.count("digest", partial(tensor_digest, largest.spec.name, largest.values), [largest.values])
     counter.found["update"] += _bits(layout, terms)
 
 
