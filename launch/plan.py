@@ -48,11 +48,15 @@ def plan(
     planner = Planner(run)
     made = planner.plan()
     fit = made.fit(machine)
+    console = Console(highlight=False, soft_wrap=True)
+    if not as_json:
+        _print(console, made, machine, fit)
+    # Looking for them takes a while.
     changes = [] if fit.replicas else planner.changes(machine)
     if as_json:
         print(json.dumps(_facts(made, machine, fit, changes)))
-    else:
-        _print(made, machine, fit, changes)
+    elif changes:
+        _print_changes(console, run, machine, changes)
     if not fit.replicas:
         raise ResourceError(
             f"Not one replica fits: {'; '.join(fit.missing)}.",
@@ -109,8 +113,8 @@ def _paths(made: Plan) -> str:
     return f"{signs} of {made.config.task.max_length} tokens{head}"
 
 
-def _print(made: Plan, machine: Machine, fit: Fit, changes: list[Change]) -> None:
-    console, config, work = Console(highlight=False, soft_wrap=True), made.config, made.work
+def _print(console: Console, made: Plan, machine: Machine, fit: Fit) -> None:
+    config, work = made.config, made.work
     weights = sum(count for count, *_ in work.parameters)
     trained = sum(count for count, _, own in work.parameters if own)
     console.print(f"{config.model}: {weights:,} weights in {config.dtype}, {trained:,} trained", markup=False)
@@ -123,8 +127,10 @@ def _print(made: Plan, machine: Machine, fit: Fit, changes: list[Change]) -> Non
     console.print(f"  {'machine':<10} {_holds(made, machine, fit)}", markup=False)
     for line in _assumed(made):
         console.print(f"  {'assumed':<10} {line}", markup=False)
-    if changes:
-        console.print("\nWhat would fit:", markup=False)
+
+
+def _print_changes(console: Console, config: RunConfig, machine: Machine, changes: list[Change]) -> None:
+    console.print("\nWhat would fit:", markup=False)
     for change in changes:
         count = change.plan.fit(machine).replicas
         note = "; another run: its result is not the same" if _changes_result(config, change) else ""

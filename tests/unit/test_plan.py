@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import make_model
+from tests.conftest import S3, make_model
 from tests.unit.helpers import commit_of
 from tests.unit.run_builder import write_config
 from tests.unit.test_architectures import MODELS
@@ -27,7 +27,7 @@ from zoray.planning.needs import _LAYOUTS, DEEPSPEED_BYTES, PROCESS_BYTES
 from zoray.proof import Verdict
 from zoray.replica import Replica
 
-__all__ = ["zoray"]
+__all__ = ["zoray"]  # a fixture, which nothing here calls by its name
 
 GIB = 1 << 30
 VERDICT = Verdict(True, True)
@@ -39,6 +39,7 @@ def work_of(*sizes: int, width: int = 4, **passing: int) -> Work:
 
 
 def config_of(folder: Path, kind: str = "causal_lm", **keys: Any) -> RunConfig:
+    """A run of a model in a folder; of its data, a plan looks at no more than that they are named."""
     task = {"kind": kind, "train": "t", "eval": "e", "max_length": 32, **keys.pop("task", {})}
     sizes = {"per_direction_batch_size": 4, "per_device_eval_batch_size": 6}
     return RunConfig.model_validate({"model": str(folder), "max_steps": 9, "task": task, **sizes, **keys})
@@ -77,6 +78,17 @@ def test_a_blank_model_needs_no_more_than_its_description(gpt2: Path) -> None:
     assert sum(p.numel() for p in blank_model(config_of(gpt2)).parameters()) > 4096 * 32
 
 
+def test_of_a_model_on_an_object_store_only_the_description_is_read(
+    s3: S3, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZORAY_CACHE", str(tmp_path / "cache"))
+    place = s3.put(gpt2, "model")
+    s3.write(b"no weights at all", "model", "model.safetensors")
+    found, here = (blank_model(config_of(Path("m"), model=name)) for name in (place, str(gpt2)))
+    assert [p.shape for p in found.parameters()] == [p.shape for p in here.parameters()]
+    assert not (tmp_path / "cache").exists()
+
+
 def test_quantised_weights_are_not_guessed_at(gpt2: Path, tmp_path: Path) -> None:
     settings = json.loads((gpt2 / "config.json").read_text())
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -87,20 +99,7 @@ def test_quantised_weights_are_not_guessed_at(gpt2: Path, tmp_path: Path) -> Non
 
 # ---- what is measured without memory, against what is taken ----
 
-ARCHITECTURES = (
-    "gpt2",
-    "opt",
-    "llama",
-    "qwen3",
-    "gemma2",
-    "mixtral",
-    "bloom",
-    "falcon",
-    "mamba",
-    "bert",
-    "mpnet",
-    "roberta",
-)
+ARCHITECTURES = ("gpt2", "opt", "llama", "gemma2", "mixtral", "falcon", "mamba", "bert", "mpnet")
 
 
 def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Verdict]:
@@ -287,11 +286,7 @@ def test_every_change_that_is_named_fits(gpt2: Path) -> None:
     planner = Planner(config_of(gpt2, gpus_per_replica=1, per_direction_batch_size=64))
     need = planner.plan().need.device
     lasting = sum(need.lasting.values())
-    for device in (
-        need.peak - (1 << 20),
-        (need.peak + sum(need.lasting.values())) // 2,
-        sum(need.lasting.values()) // 2,
-    ):
+    for device in ((need.peak + lasting) // 2, lasting // 2):
         machine = Machine(64 * GIB, device, 4)
         assert not planner.plan().fit(machine).replicas
         changes = planner.changes(machine)
@@ -319,7 +314,7 @@ def test_plan_of_a_run_that_fits(zoray: Zoray, tmp_path: Path) -> None:
 
 
 def test_plan_of_a_run_that_does_not_fit_names_what_would(zoray: Zoray, tmp_path: Path) -> None:
-    base = str(make_model("gpt2", tmp_path, vocab_size=50000, n_embd=64))
+    base = str(make_model("gpt2", tmp_path, vocab_size=50000, n_embd=64, n_layer=1))
     path = write_config(tmp_path / "run", base=base, per_direction_batch_size=64, task={"max_length": 32})
     words = [str(path), "--host-memory", "600MiB"]
     said = zoray("plan", *words)

@@ -135,6 +135,8 @@ class Planner:
 
         Empty if none does.
         """
+        if self.config.gpus_per_replica and not machine.devices:
+            return []
         memories, batches = list(self._memories(machine)), list(self._batches())
         found = [self._first(memories, machine), self._first(batches, machine)]
         if self.config.dtype == "float32":
