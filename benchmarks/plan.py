@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -30,14 +29,13 @@ WITHIN = 0.15
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how its replica works, and a variable of its environment that changes the C library's heap."""
+    """A model, and how its replica works."""
 
     model: str
     dtype: str = "float32"
     shards: int = 1
     offload: str = "none"
     signs: str = "auto"
-    heap: str = ""
 
     def config(self, folder: Path) -> Any:
         """The run's configuration."""
@@ -57,18 +55,15 @@ class Case:
         offload = f", offload {self.offload}" if self.offload != "none" else ""
         memory = f"zero3 of {self.shards}{offload}" if self.shards > 1 else "resident"
         signs = ", sequential signs" if self.signs == "sequential" else ""
-        return f"{self.model}, {self.dtype}, {memory}{signs}{', ' if self.heap else ''}{self.heap}"
+        return f"{self.model}, {self.dtype}, {memory}{signs}"
 
 
 CASES = (
     Case("opt-125m"),
-    Case("opt-125m", signs="sequential"),
     Case("opt-125m", shards=2),
-    Case("opt-125m", shards=2, heap="MALLOC_MMAP_THRESHOLD_=1048576"),
     Case("opt-125m", shards=2, offload="cpu"),
     Case("gpt2"),
-    Case("gpt2", shards=2),
-    Case("llama"),
+    Case("gpt2", signs="sequential"),
     Case("llama", "bfloat16"),
     Case("llama", "bfloat16", shards=2),
     Case("bert"),
@@ -145,10 +140,7 @@ def measure(index: int, folder: Path) -> tuple[float, str, float]:
     (folder / "world").unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.plan", "--folder", str(folder), "--child", str(index), "--rank"]
     ranks = range(CASES[index].shards)
-    environment = {**os.environ, **dict([CASES[index].heap.split("=")] if CASES[index].heap else [])}
-    processes = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment) for rank in ranks
-    ]
+    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in ranks]
     most = 0.0
     while any(process.poll() is None for process in processes):
         most = max(most, *(given(process.pid) for process in processes))
@@ -229,10 +221,7 @@ def rows(found: list[tuple[Case, Figure]]) -> list[Row]:
     """The rows of the page."""
     groups = {
         "resident replicas": [each for case, each in found if case.shards == 1],
-        "sharded replicas": [each for case, each in found if case.shards > 1 and not case.heap],
-        "of them with a heap that returns what is freed (MALLOC_MMAP_THRESHOLD_)": [
-            each for case, each in found if case.heap
-        ],
+        "sharded replicas": [each for case, each in found if case.shards > 1],
     }
     made = []
     for kind, figures in groups.items():

@@ -92,7 +92,17 @@ def needs(config: RunConfig, work: Work) -> Need:
         context = Place({"context of the accelerator": CONTEXT_BYTES})
         return Need(context + found.device, process + found.host, found.files, found.mapped)
     # Without an accelerator, the model computes where the machine's memory is.
-    return Need(Place(), process + found.device + found.host, found.files, found.mapped)
+    return Need(Place(), process + _kept_on_heap(config, work) + found.device + found.host, found.files, found.mapped)
+
+
+def _kept_on_heap(config: RunConfig, work: Work) -> Place:
+    """What the C library keeps of what gathering lets go of: the many pieces that it does not map one by one.
+
+    Each leaves a buffer and a copy behind. An observation, of replicas of two processes (docs/LOG.md), and no law: with
+    `MALLOC_MMAP_THRESHOLD_=1048576` in their environment there is nothing of it.
+    """
+    sharded = isinstance(config.memory, Zero3Memory)
+    return Place({"kept of gathered modules": 2 * work.pieces}) if sharded else Place()
 
 
 def _resident(config: RunConfig, work: Work) -> Need:

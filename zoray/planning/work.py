@@ -32,6 +32,9 @@ _REPLAYED = 1024
 _PACKED_BYTES = 64 << 20
 """Most bits of directions that an update keeps at hand."""
 
+_LARGEST_ON_HEAP = 32 << 20
+"""glibc's M_MMAP_THRESHOLD_MAX: it has larger pieces mapped, and gives them back at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -42,6 +45,8 @@ class Work:
         buffers: of the model, of which every process has all.
         largest_module: parameters that belong to one module, of the largest.
         tied: parameters that have several names, counted once for each name beyond the first.
+        pieces: parameters of all modules that have less than 32 MiB each, which the C library has on its heap when they
+            are gathered.
         passing: peak of what is made and let go of again, by what the process is doing.
         verdict: the paths that the probes take.
     """
@@ -50,6 +55,7 @@ class Work:
     buffers: int
     largest_module: int
     tied: int
+    pieces: int
     passing: Mapping[str, int]
     verdict: Verdict
 
@@ -90,11 +96,13 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     _updates(config, layout, counter, shards)
     named = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     once = list(model.parameters())
+    modules = [_bytes(module.parameters(recurse=False)) for module in model.modules()]
     return Work(
         parameters=tuple((p.numel(), p.element_size(), p.requires_grad) for p in once),
         buffers=_bytes(model.buffers()),
-        largest_module=max(_bytes(module.parameters(recurse=False)) for module in model.modules()),
+        largest_module=max(modules),
         tied=_bytes(named) - _bytes(once),
+        pieces=sum(size for size in modules if size < _LARGEST_ON_HEAP),
         passing=counter.found,
         verdict=verdict,
     )
