@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -229,6 +230,23 @@ def test_without_an_accelerator_everything_is_in_the_host_s_memory() -> None:
     accelerated = needs(config_of(Path("m"), gpus_per_replica=1), work)
     assert accelerated.device.passing == {"probe": 50, "evaluation": 70}
     assert accelerated.host.peak == PROCESS_BYTES + 4000
+
+
+def test_what_the_c_library_keeps_is_counted_where_modules_are_gathered_in_the_host_s_memory() -> None:
+    work = replace(work_of(1000), pieces=300)
+    for keys, kept in (({"memory": ZERO3}, 600), ({}, 0), ({"memory": ZERO3, "gpus_per_replica": 1}, 0)):
+        found = needs(config_of(Path("m"), **keys), work)
+        assert found.host.lasting.get("kept of gathered modules", 0) == kept
+
+
+def test_modules_of_several_pieces_are_counted_by_what_is_gathered_at_once(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=1, n_embd=64, vocab_size=200_000).save_pretrained(tmp_path)
+    work = measure(config_of(tmp_path))
+    # The embedding, of 49 MiB, is mapped; it is also the head's.
+    assert work.pieces == work.weights() - 200_000 * 64 * 4
+    assert work.tied == 200_000 * 64 * 4
 
 
 def load_memory(keys: dict[str, Any]) -> Any:
