@@ -242,7 +242,7 @@ def test_what_the_c_library_keeps_is_counted_where_modules_are_gathered_in_the_h
 def test_modules_of_several_pieces_are_counted_by_what_is_gathered_at_once(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
-    GPT2Config(n_layer=1, n_embd=64, vocab_size=200_000).save_pretrained(tmp_path)
+    GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=200_000).save_pretrained(tmp_path)
     work = measure(config_of(tmp_path))
     # The embedding, of 49 MiB, is mapped; it is also the head's.
     assert work.pieces == work.weights() - 200_000 * 64 * 4
