@@ -180,7 +180,8 @@ def _holds(made: Plan, machine: Machine, fit: Fit) -> str:
     needed = math.ceil(wanted / fit.replicas)
     upto = "up to " if most is not None else ""
     machines = "1 such machine" if needed == 1 else f"{needed} such machines"
-    return f"{has}: {_replicas(fit.replicas)} fit; the run's {upto}{wanted} need {machines}"
+    fits = "fits" if fit.replicas == 1 else "fit"
+    return f"{has}: {_replicas(fit.replicas)} {fits}; the run's {upto}{wanted} need {machines}"
 
 
 def _replicas(count: int) -> str:

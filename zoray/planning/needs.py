@@ -102,7 +102,7 @@ def _kept_on_heap(config: RunConfig, work: Work) -> Place:
     `MALLOC_MMAP_THRESHOLD_=1048576` in their environment there is nothing of it.
     """
     sharded = isinstance(config.memory, Zero3Memory)
-    return Place({"kept of gathered modules": 2 * work.pieces}) if sharded else Place()
+    return Place({"kept of gathered modules": 2 * work.pieces}) if sharded and work.pieces else Place()
 
 
 def _resident(config: RunConfig, work: Work) -> Need:
@@ -119,7 +119,8 @@ def _zero3(config: RunConfig, work: Work) -> Need:
     parts, own = work.weights(shards), work.weights(shards, trained=True)
     # A module is whole until it is taken apart; what will be tied has parts of its own until then.
     loading = work.largest_module + -(-work.tied // shards)
-    device = Place({"buffers of the model": work.buffers}, {**work.passing, "loading": loading})
+    buffers = {"buffers of the model": work.buffers} if work.buffers else {}
+    device = Place(buffers, {**work.passing, "loading": loading})
     mapped = work.weights()
     if memory.offload == "none":
         host = Place({}, {"snapshot": own}) if config.gpus_per_replica > 0 else Place()

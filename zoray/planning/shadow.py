@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,8 +65,12 @@ class ShadowDirections(Directions):
         """Bytes [start, stop) of several directions; see `Directions`."""
         return np.zeros((len(addresses), stop - start), np.uint8)
 
+    def normals(self, address: Address, spec: ParamSpec) -> npt.NDArray[np.float32]:
+        """Normals of one parameter; see `Directions`."""
+        return np.zeros(spec.numel, np.float32)
+
     def dense(self, address: Address, spec: ParamSpec) -> torch.Tensor:
-        """z of one parameter beside the signs that it is made of; see `Directions`."""
+        """z of one parameter beside what it is made of; see `Directions`."""
         return torch.empty(spec.numel, dtype=torch.int8).float().view(spec.shape)
 
 

@@ -151,7 +151,8 @@ def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
 
 def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) -> None:
     """An update by as many directions as are ever applied together, and a digest, of the parameters that take most."""
-    terms = max(config.directions, _REPLAYED // config.direction.rank)
+    # Gaussian directions are added one by one.
+    terms = 1 if layout.kind == "gaussian" else max(config.directions, _REPLAYED // config.direction.rank)
     # Their values do not matter, but for zeros, which are left out.
     commit = seal(0, 2.0**-20, 0.5, 0.0, tuple((0, index, 1) for index in range(terms)), bytes(32))
     factored = [spec for spec in layout.specs if spec.rank]
@@ -172,7 +173,9 @@ def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) 
 
 
 def _bits(layout: Layout, terms: int) -> int:
-    """What NumPy takes of an update, which torch does not see: the directions' bits, and signs on their way."""
+    """What NumPy takes of an update, which torch does not see: the directions' bits and signs, or normals."""
+    if layout.kind == "gaussian":
+        return 4 * max(spec.numel + min(spec.numel, BLOCK_ELEMENTS) for spec in layout.specs)
     packed = terms * layout.total_bytes
     if layout.kind != "rank" or packed > _PACKED_BYTES:
         packed = 0
