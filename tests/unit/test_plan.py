@@ -147,8 +147,17 @@ def test_predicted_peaks_are_those_of_real_models(name: str, tmp_path: Path) -> 
     assert predicted == pytest.approx(real, rel=0.15)
 
 
-@pytest.mark.parametrize("keys", [{"dtype": "bfloat16"}, {"signs": "sequential"}, {"head": "full"},
-                                  {"direction": {"kind": "rademacher"}}, {"direction": {"kind": "gaussian"}}, {"attn_implementation": "eager"}])  # fmt: skip
+KEYS: list[dict[str, Any]] = [
+    {"dtype": "bfloat16"},
+    {"signs": "sequential"},
+    {"head": "full"},
+    {"direction": {"kind": "rademacher"}},
+    {"direction": {"kind": "gaussian"}},
+    {"attn_implementation": "eager"},
+]
+
+
+@pytest.mark.parametrize("keys", KEYS, ids=str)
 def test_predicted_peaks_follow_the_configuration(keys: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(make_model("llama", tmp_path), **keys)
     real, _ = taken(config, None)
