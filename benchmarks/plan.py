@@ -66,7 +66,6 @@ CASES = (
     Case("gpt2", signs="sequential"),
     Case("llama", "bfloat16"),
     Case("llama", "bfloat16", shards=2),
-    Case("bert"),
     Case("bert", "bfloat16"),
 )
 
