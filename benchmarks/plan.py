@@ -175,9 +175,9 @@ def figure(case: Case, folder: Path, found: tuple[float, str, float]) -> Figure:
     from zoray.planning import Planner
 
     need = Planner(case.config(folder)).plan().need
-    libraries = need.host.lasting["process"]
+    beside = [need.host.lasting.get(name, 0) for name in ("process", "kept of gathered modules")]
     tensors, when, most = found
-    return Figure(str(case), when, (need.host.peak - libraries) / 2**20, tensors, need.host.peak / 2**20, most)
+    return Figure(str(case), when, (need.host.peak - sum(beside)) / 2**20, tensors, need.host.peak / 2**20, most)
 
 
 def summary(what: str, kind: str, figures: list[Figure]) -> Row:
