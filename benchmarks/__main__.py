@@ -3,5 +3,5 @@
 import subprocess
 import sys
 
-for name in ("core", "memory", "shards", "offload", "cluster", "elastic", "metrics", "submit"):
+for name in ("core", "memory", "plan", "shards", "offload", "cluster", "elastic", "metrics", "submit"):
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)

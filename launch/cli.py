@@ -85,6 +85,30 @@ def train(
     run(config, overrides or [])
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    device_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Memory of one accelerator, as 80GiB; by default as here."),
+    ] = None,
+    host_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Memory of one machine, as 256GiB; by default what is free here."),
+    ] = None,
+    devices_per_machine: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Accelerators of one machine; by default as many as here."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a run will need, and what would fit, before anything is loaded. Exit status 7 if it does not fit."""
+    from launch.plan import plan as foresee
+
+    foresee(config, overrides or [], device_memory, host_memory, devices_per_machine, as_json)
+
+
 JobServer = Annotated[
     Optional[str],  # noqa: UP045 (typer reads the annotation on Python 3.10)
     typer.Option("--address", help="Ray's job server, as http://HEAD:8265 (also RAY_ADDRESS)."),

@@ -33,6 +33,7 @@ LAYERS = (
     {"protocol"},
     {"tasks", "runs", "shelf"},
     {"models"},
+    {"planning"},
     {"identity"},
     {"snapshot"},
 )

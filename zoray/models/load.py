@@ -90,14 +90,14 @@ def _from_pretrained(
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     try:
         settings = transformers.AutoConfig.from_pretrained(**source, **labels)
-        _require_kind(config, settings, auto)
+        require_kind(config, settings, auto)
         loaded: Any = auto.from_pretrained(
             **source, config=settings, dtype=getattr(torch, config.dtype), output_loading_info=True, **attention
         )
     except ModelError:
         raise
     except Exception as error:
-        raise _explain(config, num_labels, error) from error
+        raise explain(config, num_labels, error) from error
     model, report = loaded
     if is_uri(config.model):
         # What is saved of it must not name a folder of this machine's cache.
@@ -110,8 +110,17 @@ def _from_pretrained(
     return model, new
 
 
-def _require_kind(config: RunConfig, settings: Any, auto: Any) -> None:
-    """Refuses a model whose architecture cannot do the task, before its weights are read."""
+def require_kind(config: RunConfig, settings: Any, auto: Any) -> None:
+    """Refuses a model whose architecture cannot do the task, before its weights are read.
+
+    Args:
+        config: `model` and `task.kind`.
+        settings: the model's own configuration.
+        auto: the class of `transformers` that would load it.
+
+    Raises:
+        ModelError: it has no class for the task, or sees what it is to predict.
+    """
     remote = getattr(settings, "auto_map", None) or {}
     if type(settings) not in auto._model_mapping and auto.__name__ not in remote:
         wanted = "a causal language model" if config.task.kind == "causal_lm" else "a sequence classifier"
@@ -146,7 +155,7 @@ def _require_whole(config: RunConfig, model: Any, new: list[str]) -> None:
         )
 
 
-def _explain(config: RunConfig, num_labels: int | None, error: Exception) -> ModelError:
+def explain(config: RunConfig, num_labels: int | None, error: Exception) -> ModelError:
     """What went wrong in from_pretrained."""
     text = str(error)
     if "SafetensorError" in type(error).__name__:

@@ -12,6 +12,7 @@ from zoray.directions import Directions
 from zoray.memory.base import Memory
 from zoray.memory.resident import Resident
 from zoray.memory.scratch import claim
+from zoray.models.blank import blank_model
 from zoray.models.load import load_model
 
 Make = Callable[[nn.Module, Directions], Memory]
@@ -56,6 +57,4 @@ def load_placed(
 
 def _largest(config: RunConfig) -> int:
     """Weights of the largest parameter."""
-    from zoray.models.blank import blank_model
-
     return max(parameter.numel() for parameter in blank_model(config).parameters())
