@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from zoray.config import CausalLMTask, ClassificationTask, RunConfig, Zero3Memory
+from zoray.config import CausalLMTask, ClassificationTask, ResidentMemory, RunConfig, Zero3Memory
 from zoray.errors import ConfigError, ResourceError, RunError
 from zoray.runs import RunFolder
 from zoray.stores import shown
@@ -152,7 +152,7 @@ def check_memory(config: RunConfig) -> None:
 
 def host_bytes(config: RunConfig, weights: int) -> int:
     """What one replica takes of a machine's memory, but for activations; weights in files are in its page cache."""
-    in_files = isinstance(config.memory, Zero3Memory) and config.memory.offload == "nvme"
+    in_files = not isinstance(config.memory, ResidentMemory) and config.memory.offload == "nvme"
     return (0 if in_files else weights * _WIDTH[config.dtype]) + PROCESS_BYTES * config.shards
 
 

@@ -6,15 +6,17 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from torch.utils import cpp_extension
 
 from tests.integration.conftest import Inputs, Launch, Ran
 from tests.integration.test_elastic import LONG, check_whole, kill, undisturbed, when
 from zoray.errors import ConfigError, ResourceError
-from zoray.protocol import Kind
+from zoray.protocol import Kind, RemoveReplica
 from zoray.protocol.membership import SlotPhase
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (the extra zero3)")
@@ -85,6 +87,34 @@ def test_resumed_with_another_layout(warm: None, undisturbed: Ran, inputs: Input
     written = sorted(path.name for path in (first.folder.path / "snapshots" / "step-20").glob("*.safetensors"))
     assert written == ["part-0-of-2.safetensors", "part-1-of-2.safetensors"]
     check_whole(launch(config, first.folder), undisturbed)
+
+
+def test_streamed_replicas_join_resident_ones(
+    warm: None, undisturbed: Ran, inputs: Inputs, launch: Launch, tmp_path: Path
+) -> None:
+    """One whose weights are in a file joins a resident one, is alone at the end, and leaves nothing with a name."""
+
+    def join(coordinator: Any) -> None:
+        coordinator.scale(2, f"{{kind: streamed, offload: nvme, nvme_path: {tmp_path}}}")
+        _await(coordinator, {"r0", "r1"})
+
+    def leave(coordinator: Any) -> None:
+        coordinator.events.append(RemoveReplica("r0"))
+
+    ran = launch(inputs.config(replicas=1, **LONG), at=when({5: join, 20: leave}))
+    check_whole(ran, undisturbed)
+    assert ran.coordinator.state.counters.diverged == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(
+    not list(Path(cpp_extension.get_default_build_root()).rglob("async_io.so")),
+    reason="not built: python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as A; A().load()'",
+)
+def test_groups_with_weights_in_files(undisturbed: Ran, inputs: Inputs, launch: Launch, tmp_path: Path) -> None:
+    memory = {**ZERO3, "offload": "nvme", "nvme_path": str(tmp_path)}
+    check_whole(launch(inputs.config(replicas=1, memory=memory, **LONG)), undisturbed)
+    assert len(list((tmp_path / f".zoray-{os.getuid()}").iterdir())) == 2
 
 
 def test_split_signs_give_the_ledger_of_two_forwards(warm: None, inputs: Inputs, launch: Launch) -> None:

@@ -36,7 +36,7 @@ ZERO3 = {"kind": "zero3", "shards": 2}
 
 
 def work_of(*sizes: int, width: int = 4, **passing: int) -> Work:
-    return Work(tuple((size, width, True) for size in sizes), 0, max(sizes) * width, 0, 0, passing, VERDICT)
+    return Work(tuple((size, width, True) for size in sizes), 0, max(sizes) * width, 0, 0, 0, passing, VERDICT)
 
 
 def config_of(folder: Path, kind: str = "causal_lm", **keys: Any) -> RunConfig:
@@ -227,6 +227,21 @@ def test_offloaded_parts_are_in_files_or_in_the_host_s_memory(sizes: list[int], 
     parts = work_of(*sizes).weights(shards)
     assert need.files["weights"] + need.host.lasting["small weights"] == parts
     assert "weights" not in need.device.lasting and need.host.passing["snapshot"] == parts
+
+
+def test_streamed_weights_have_two_blocks_and_the_largest_other_module_on_the_device(gpt2: Path) -> None:
+    keys: dict[str, Any] = {"gpus_per_replica": 1, "memory": {"kind": "streamed"}}
+    model = blank_model(config_of(gpt2))
+    block = sum(p.numel() * 4 for p in model.get_submodule("transformer.h.0").parameters())
+    embedding = model.get_parameter("transformer.wte.weight").numel() * 4
+    made = Planner(config_of(gpt2, **keys)).plan()
+    weights = made.work.weights()
+    assert 2 * block + embedding <= made.need.device.lasting["blocks of weights"] <= 1.01 * (2 * block + embedding)
+    assert made.need.host.lasting["weights"] == weights and not made.need.files
+    in_files = {**keys, "memory": {"kind": "streamed", "offload": "nvme", "nvme_path": "/d"}}
+    need = Planner(config_of(gpt2, **in_files)).plan().need
+    assert need.files["weights"] == weights and "weights" not in need.host.lasting
+    assert need.host.passing["loading"] == embedding
 
 
 def test_without_an_accelerator_everything_is_in_the_host_s_memory() -> None:

@@ -156,7 +156,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _memory_of(parameter: nn.Parameter) -> tuple[object, ...]:
-    if parameter.numel() == 0:
+    if parameter.numel() == 0 or parameter.is_meta:
         return (parameter,)
     return parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.stride()
 

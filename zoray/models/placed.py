@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from zoray.config import RunConfig, Zero3Memory
+from zoray.config import RunConfig, StreamedMemory, Zero3Memory
 from zoray.directions import Directions
 from zoray.memory.base import Memory
 from zoray.memory.resident import Resident
@@ -49,6 +49,15 @@ def load_placed(
         with partitioned_loading(getattr(torch, config.dtype), sharding):
             model = load_model(config, num_labels=num_labels, id2label=id2label)
         return model, lambda model, directions: Zero3(model, directions, sharding)
+    if isinstance(config.memory, StreamedMemory):
+        from zoray.memory.spill import streamed_loading
+        from zoray.memory.streamed import Streamed, Streaming
+
+        place = None if config.memory.nvme_path is None else claim(config.memory.nvme_path, name)
+        streaming = Streaming(config.memory.offload, place, "cuda" if config.gpus_per_replica > 0 else "cpu")
+        with streamed_loading(streaming):
+            model = load_model(config, num_labels=num_labels, id2label=id2label)
+        return model, lambda model, directions: Streamed(model, directions, streaming)
     model = load_model(config, num_labels=num_labels, id2label=id2label)
     if config.gpus_per_replica > 0:
         model.to("cuda")

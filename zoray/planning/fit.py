@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from zoray.config import RunConfig, Zero3Memory
+from zoray.config import RunConfig, StreamedMemory, Zero3Memory
 from zoray.errors import ModelError
 from zoray.planning.needs import Need, needs
 from zoray.planning.work import Work, measure
@@ -170,10 +170,15 @@ class Planner:
         most = int(machine.devices / share) if share else 1
         counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
         for offload in ("none", "cpu", "nvme"):
+            place: dict[str, Any] = {"nvme_path": _FOLDER} if offload == "nvme" else {}
             for shards in counts:
-                place = {"nvme_path": _FOLDER} if offload == "nvme" else {}
-                keys = {"kind": "zero3", "shards": shards, "offload": offload, **place}
-                if Zero3Memory(**keys) != before and (shards, offload) != (1, "none"):
+                if (shards, offload) == (1, "none") or (shards > 1 and share not in (0, 1)):
+                    continue
+                # One device is better off without DeepSpeed (docs/LOG.md).
+                keys = {"kind": "zero3", "shards": shards} if shards > 1 else {"kind": "streamed"}
+                keys |= {"offload": offload, **place}
+                made: object = Zero3Memory(**keys) if shards > 1 else StreamedMemory(**keys)
+                if made != before:
                     yield {"memory": {name: value for name, value in keys.items() if value != "none"}}
 
     def _batches(self) -> Iterator[dict[str, Any]]:

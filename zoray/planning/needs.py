@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoray.commits import seal
-from zoray.config import ResidentMemory, RunConfig, Zero3Memory
+from zoray.config import ResidentMemory, RunConfig, StreamedMemory, Zero3Memory
 from zoray.errors import ConfigError
-from zoray.memory.zero3 import Sharding
 from zoray.planning.work import Work
 
 PROCESS_BYTES = 400 << 20
@@ -127,13 +126,30 @@ def _zero3(config: RunConfig, work: Work) -> Need:
         return Need(device + Place({"weights": parts}), host, {}, mapped)
     if memory.offload == "cpu":
         return Need(device, Place({"weights": parts}), {}, mapped)
-    width = max(width for _, width, _ in work.parameters)
+    buffer = max((-(-elements // shards) + 1) * width for elements, width, _ in work.parameters)
     small = work.weights(shards, largest=_IN_MEMORY)
-    host = Place({"small weights": small, "buffers for files": 5 * Sharding().buffer * width}, {"snapshot": own})
+    host = Place({"small weights": small, "buffers for files": 5 * buffer}, {"snapshot": own})
     return Need(device, host, {"weights": work.weights(shards, smallest=_IN_MEMORY)}, mapped)
 
 
-_LAYOUTS: dict[type[Any], Callable[[RunConfig, Work], Need]] = {ResidentMemory: _resident, Zero3Memory: _zero3}
+def _streamed(config: RunConfig, work: Work) -> Need:
+    assert isinstance(config.memory, StreamedMemory)
+    weights, own = work.weights(), work.weights(trained=True)
+    buffers = {"buffers of the model": work.buffers} if work.buffers else {}
+    device = Place({**buffers, "blocks of weights": work.room}, work.passing)
+    if config.memory.offload == "cpu":
+        return Need(device, Place({"weights": weights}), {}, weights)
+    # Each parameter is in memory until it is in its file; loaded, they are in one file, and then in another.
+    largest = max(elements * width for elements, width, _ in work.parameters)
+    host = Place({}, {"loading": largest, "snapshot": own})
+    return Need(device, host, {"weights": weights, "weights while they are loaded": weights}, weights)
+
+
+_LAYOUTS: dict[type[Any], Callable[[RunConfig, Work], Need]] = {
+    ResidentMemory: _resident,
+    Zero3Memory: _zero3,
+    StreamedMemory: _streamed,
+}
 """For each kind of memory, what a process needs beside its libraries; `device` is where the model computes."""
 
 

@@ -16,6 +16,7 @@ from zoray.config import CausalLMTask, RunConfig
 from zoray.digest import tensor_digest
 from zoray.errors import ModelError, ZorayError
 from zoray.layout import Layout, ParamSpec, make_layout, trainable_parameters
+from zoray.memory.units import make_plan
 from zoray.models import blank_model, check_lengths
 from zoray.models.words import reason
 from zoray.planning.gathered import gathering
@@ -47,6 +48,7 @@ class Work:
         tied: parameters that have several names, counted once for each name beyond the first.
         pieces: parameters of all modules that have less than 32 MiB each, which the C library has on its heap when they
             are gathered.
+        room: on the device for the units of weights that are streamed through it (see `zoray.memory.units`).
         passing: peak of what is made and let go of again, by what the process is doing.
         verdict: the paths that the probes take.
     """
@@ -56,6 +58,7 @@ class Work:
     largest_module: int
     tied: int
     pieces: int
+    room: int
     passing: Mapping[str, int]
     verdict: Verdict
 
@@ -85,11 +88,12 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     """
     model = blank_model(config, num_labels)
     check_lengths(config, model)
+    layout = make_layout(trainable_parameters(model), config.direction.kind, config.direction.rank)
+    room = make_plan(model, layout.specs).room
     # Looked up here, since it multiplies matrices to find out.
     factor_dtype(torch.device("cpu"))
     padded = not (isinstance(config.task, CausalLMTask) and config.task.prompt_column is None)
     shadow = Shadow(model, padded)
-    layout = make_layout(trainable_parameters(model), config.direction.kind, config.direction.rank)
     counter = _Counter(shadow)
     with _explained(config), gathering(model, shards) if shards > 1 else nullcontext():
         verdict = _forwards(config, model, ShadowDirections(layout, config.seed), counter)
@@ -103,6 +107,7 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
         largest_module=max(modules),
         tied=_bytes(named) - _bytes(once),
         pieces=sum(size for size in modules if size < _LARGEST_ON_HEAP),
+        room=room,
         passing=counter.found,
         verdict=verdict,
     )
