@@ -146,7 +146,7 @@ def test_a_flipped_bit_is_found_and_does_not_change_the_result(
 
         # The newcomers have been compared by now, so this one is trusted.
         assert coordinator.state.members["r1"].proven
-        ray.get(coordinator.roster.fleet.call("r1", "flip"))
+        ray.get(list(coordinator.roster.fleet.call("r1", "flip")))
 
     ran = launch(inputs.config(replicas=replicas, digest_every=every, **LONG), at=when({10: flip}))
     check_whole(ran, undisturbed)
@@ -167,10 +167,10 @@ def test_a_joiner_with_other_code_is_refused_and_the_run_goes_on(
 
     introduced = Admission._introduced
 
-    def other_code(self: Admission, name: str, introduction: Any) -> None:
+    def other_code(self: Admission, name: str, introductions: list[Any]) -> None:
         if name == "r1":
-            introduction = replace(introduction, identity=replace(introduction.identity, code="x"))
-        introduced(self, name, introduction)
+            introductions = [replace(each, identity=replace(each.identity, code="x")) for each in introductions]
+        introduced(self, name, introductions)
 
     monkeypatch.setattr(Admission, "_introduced", other_code)
 
