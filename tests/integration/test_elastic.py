@@ -198,7 +198,7 @@ def test_a_newcomer_that_hangs_is_replaced(
     call, later = WarmFleet.call, 0.0
 
     def hang(self: WarmFleet, name: str, method: str, *arguments: Any) -> Any:
-        return Never() if (name, method) == ("r1", part) else call(self, name, method, *arguments)
+        return (Never(),) if (name, method) == ("r1", part) else call(self, name, method, *arguments)
 
     monkeypatch.setattr(WarmFleet, "call", hang)
     monkeypatch.setattr("actors.admission.time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
