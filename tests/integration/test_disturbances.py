@@ -132,16 +132,16 @@ def test_bytes_of_a_probe_and_of_a_step(
 ) -> None:
     carried: dict[str, int] = {}
     bare: list[int] = []
-    call = WarmFleet.call
+    work = WarmFleet.work
 
-    def counted(self: Any, name: str, method: str, *arguments: Any) -> Any:
-        if method == "work":
-            records = len(decode_request(arguments[0])[1])
+    def counted(self: Any, name: str, requests: list[bytes]) -> Any:
+        for request in requests:
+            records = len(decode_request(request)[1])
             carried[name] = carried.get(name, 0) + records
-            bare.append(len(arguments[0]) - records)
-        return call(self, name, method, *arguments)
+            bare.append(len(request) - records)
+        return work(self, name, requests)
 
-    monkeypatch.setattr(WarmFleet, "call", counted)
+    monkeypatch.setattr(WarmFleet, "work", counted)
     got = launch(inputs.config(replicas=2, directions=directions, eval_steps=None, eval_on_start=False))
     received = got.coordinator.progress().received
     sent = got.coordinator.progress().sent

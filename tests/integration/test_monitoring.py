@@ -97,7 +97,7 @@ class MortalFleet(WarmFleet):
     """Processes that were killed are not used again."""
 
     def kill(self, name: str, pid: int) -> None:
-        self._dead = self._actors[name]
+        (self._dead,) = self._actors[name]
         os.kill(pid, signal.SIGKILL)
 
     def _kill(self, actor: Any) -> None:
