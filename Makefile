@@ -7,12 +7,14 @@ BIN := .venv/bin
 # A test's threads are its own affair: with a pool per process, two replicas would fight over the same cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# What DeepSpeed builds is bound to its environment; in a common place, two environments would build it in turn.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 TESTS := tests/integration tests/unit tests/simulation
 
-.PHONY: help .venv quickstart test test-ray test-alone cluster rehearsal soak gpu lint format bench docs clean
+.PHONY: help .venv quickstart test test-ray test-alone cluster rehearsal nvme soak gpu lint format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +44,9 @@ cluster: .venv/.stamp ## several raylets, killed and drained; wants a machine th
 
 rehearsal: .venv/.stamp ## a rendered RayJob as Kubernetes would run it, pods scaled, drained and killed: four minutes, no cluster
 	@$(BIN)/python -m tests.cluster.rehearsal
+
+nvme: .venv/.stamp ## build what the tests of ZeRO-3's weights in files need (libaio-dev, a C++ compiler, minutes)
+	DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder import AsyncIOBuilder as A; A().load()"
 
 soak: .venv/.stamp ## what takes longer: 20,000 simulated schedules, then half an hour of kills on a real Ray
 	ZORAY_SCHEDULES=20000 $(BIN)/python -m pytest --timeout 3600 tests/simulation

@@ -497,7 +497,7 @@ def files(world: World) -> None:
     """Weights in files: updates, probes and snapshots are those of a resident replica."""
     if not list(Path(cpp_extension.get_default_build_root()).rglob("async_io.so")):
         # Compiling it takes minutes, and leaves a lock that blocks for ever if it is broken off.
-        raise Skipped("not built: python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as A; A().load()'")
+        raise Skipped("not built: make nvme")
     model = world.load("large")
     resident, sharded = Replica(loaded(world.models / "large", "float32"), 7), world.replica(model)
     assert list((world.shared / "offloaded").rglob(f"rank{world.rank}/*.swp"))
