@@ -170,6 +170,7 @@ def test_unknown_key_like_no_other_lists_the_keys(file: Path) -> None:
         ("memory={kind: zero, shards: 2}", ["memory.kind is 'zero'", "Did you mean zero3?"]),
         ("memory={kind: zero3, shards: 2, offlod: cpu}", ["no key memory.offlod", "Did you mean memory.offload?"]),
         ("memory={kind: zero3}", ["memory.shards is missing"]),
+        ("memory={kind: streamed, offload: nvme, nvme_path: fast}", ["relative path", "begins with /"]),
         ("split_signs=true", ["signs is auto", "Set signs to sequential"]),
         ("memory={kind: zero3, shards: 1, offload: nvme}", ["need a folder", "Give nvme_path"]),
         ("memory={kind: zero3, shards: 1, nvme_path: /fast}", ["but no files", "Give nvme_path"]),

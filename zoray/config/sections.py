@@ -228,6 +228,12 @@ def _require_place(offload: str, nvme_path: str | None) -> None:
             "Weights in files need a folder." if offload == "nvme" else "A folder is given, but no files.",
             "Give nvme_path together with offload: nvme.",
         )
+    if nvme_path is not None and not nvme_path.startswith(("/", "~")):
+        raise fault(
+            "memory.nvme_path",
+            f"{nvme_path!r} is a relative path, and the replicas' processes have folders of their own.",
+            "Give a path that begins with / or ~.",
+        )
 
 
 MemoryConfig = Annotated[ResidentMemory | Zero3Memory | StreamedMemory, Field(discriminator="kind")]
