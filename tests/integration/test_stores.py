@@ -69,7 +69,8 @@ def test_the_ledger_is_that_of_a_run_here(
     assert (there.ledger, there.finish) == (here.ledger, here.finish)
     assert joined == [0, 6] or joined == [0, 4]
     where = there.folder.snapshots_of(stored)
-    assert steps(where) == [2, 4, 6, 8, 10, 12] and not any(there.folder.snapshots.iterdir())
+    # While the other replica goes on, none is due as long as one is on its way to the store.
+    assert {2, 4, 6, 12} <= set(steps(where)) <= {2, 4, 6, 8, 10, 12} and not any(there.folder.snapshots.iterdir())
     assert there.coordinator.progress().warnings == here.coordinator.progress().warnings
     export(str(there.folder.path), s3.uri("exports", "one"), None, False, "runs")
     export(str(here.folder.path), tmp_path / "one", None, False, "runs")
