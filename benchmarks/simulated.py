@@ -60,12 +60,11 @@ class SimulatedFleet(Fleet):
         self._introduction = ray.get(one.introduce.remote())
         ray.kill(one)
 
-    def call(self, name: str, method: str, *arguments: Any) -> Reference:
-        """Call a method of the host of a replica."""
-        given = (self._introduction,) if method == "introduce" else arguments
-        return getattr(self._actors[name], method).remote(*given)
+    def introduce(self, name: str) -> tuple[Reference, ...]:
+        """Let the host of a replica say what the real one has said."""
+        return self.call(name, "introduce", self._introduction)
 
-    def _create(self, name: str, node: str) -> Any:
+    def _create(self, name: str, rank: int, node: str) -> Any:
         return self._hosts[int(name[1:]) % len(self._hosts)]
 
     def _kill(self, actor: Any) -> None:
