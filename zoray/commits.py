@@ -9,8 +9,13 @@ The record, little endian:
     u32 length of the whole record | u32 crc32 of (length, step) | u64 step | f32 eta | f32 decay | f32 loss |
     u8 form | u32 count | terms | sha256(previous hash, everything before)
 
-Form 0 holds the directions 0..count-1 of this very step, one int8 each. Form 1 holds (u64 step, u32 index, i8) per
-term, for sums that reach back to earlier steps. A record of K directions takes K + 65 bytes.
+Form 0 holds the directions 0..count-1 of this very step, one int8 each: a record of K directions takes K + 65 bytes.
+Form 1 holds (u64 step, u32 index, i8) per term. Form 2 is that of an optimizer that remembers:
+
+    u8 count of notes | f32 each | u8 count of runs | (u64 step, u32 first index, u32 length) each | i8 per term
+
+where a run is as many consecutive indices of one step as there are. The coordinator goes on from the notes; they mean
+nothing to a replica.
 """
 
 from __future__ import annotations
@@ -30,10 +35,13 @@ Term = tuple[int, int, int]
 HASH_SIZE = 32
 HEADER_SIZE = 16
 COEFFICIENT_LIMIT = 127
+MOST_RUNS = 255
+"""Runs of indices, and notes, that a record has room for."""
 
 _HEADER = struct.Struct("<IIQ")
 _FIELDS = struct.Struct("<fffBI")
 _EXPLICIT = struct.Struct("<QIb")
+_RUN = struct.Struct("<QII")
 _SMALLEST = HEADER_SIZE + _FIELDS.size + HASH_SIZE
 
 
@@ -49,6 +57,8 @@ class Commit:
         decay: factor of the weights, exactly representable in float32.
         loss: mean loss of the finite probes, exactly representable in float32; nan if there was none.
         terms: the directions and their coefficients, in the order of the record.
+        notes: what the optimizer remembers of this step and those before, exactly representable in float32 (see
+            `zoray.optim`); none of an optimizer without memory.
         previous: hash of the commit before, or of the ledger's header (32 bytes).
         hash: sha256 over `previous` and the record (32 bytes).
     """
@@ -60,6 +70,7 @@ class Commit:
     terms: tuple[Term, ...]
     previous: bytes
     hash: bytes
+    notes: tuple[float, ...] = field(default=(), compare=False)
 
     @property
     def applied(self) -> bool:
@@ -68,7 +79,7 @@ class Commit:
 
     def encode(self) -> bytes:
         """The record. It leaves out `previous`, which its position in the ledger implies and its hash covers."""
-        return _body(self.step, self.eta, self.decay, self.loss, self.terms) + self.hash
+        return _body(self.step, self.eta, self.decay, self.loss, self.terms, self.notes) + self.hash
 
     @staticmethod
     def decode(data: bytes, previous: bytes) -> Commit:
@@ -81,35 +92,50 @@ class Commit:
         step = read_header(data)[1]
         eta, decay, loss, form, count = _FIELDS.unpack_from(data, HEADER_SIZE)
         packed = data[HEADER_SIZE + _FIELDS.size : -HASH_SIZE]
-        if len(packed) != count * {0: 1, 1: _EXPLICIT.size}.get(form, -1):
-            raise LedgerError(f"the record of step {step} has form {form} and {count} terms in {len(packed)} bytes")
-        terms = _terms(step, packed, form)
-        commit = seal(step, eta, decay, loss, terms, previous)
+        try:
+            terms, notes = _unpack(step, packed, form, count)
+        except struct.error as error:
+            what = f"the record of step {step} has form {form} and {count} terms in {len(packed)} bytes"
+            raise LedgerError(what) from error
+        commit = seal(step, eta, decay, loss, terms, previous, notes)
         if commit.hash != digest:
             raise LedgerError(f"the record of step {step} is not in the one form that step can be written in")
         return commit
 
 
-def seal(step: int, eta: float, decay: float, loss: float, terms: Iterable[Term], previous: bytes) -> Commit:
+def seal(
+    step: int,
+    eta: float,
+    decay: float,
+    loss: float,
+    terms: Iterable[Term],
+    previous: bytes,
+    notes: Iterable[float] = (),
+) -> Commit:
     """Make the commit of `step` that follows the hash `previous`.
 
     Raises:
-        LedgerError: `eta`, `decay` or `loss` is not exactly a float32, `eta` or `decay` is not finite, a coefficient is
-            outside -127..127, or a step, an index or `previous` does not fit its field.
+        LedgerError: `eta`, `decay`, `loss` or a note is not exactly a float32, `eta` or `decay` is not finite, a
+            coefficient is outside -127..127, or a step, an index, `previous` or the number of notes or of runs of
+            indices does not fit its field.
     """
     fixed = tuple((int(s), int(index), int(coefficient)) for s, index, coefficient in terms)
-    for name, value in (("eta", eta), ("decay", decay), ("loss", loss)):
-        if float32(value) != value and not (name == "loss" and math.isnan(value)):
+    kept = tuple(notes)
+    for name, value in (("eta", eta), ("decay", decay), ("loss", loss), *(("a note", note) for note in kept)):
+        if float32(value) != value and not (name in ("loss", "a note") and math.isnan(value)):
             raise LedgerError(f"{name} of step {step} is {value!r}, which is not a float32", advice="round it first")
-        if not math.isfinite(value) and name != "loss":
+        if not math.isfinite(value) and name in ("eta", "decay"):
             raise LedgerError(f"{name} of step {step} is {value!r}", advice="lower learning_rate or weight_decay")
     for term in fixed:
         if not (0 <= term[0] < 2**64 and 0 <= term[1] < 2**32 and abs(term[2]) <= COEFFICIENT_LIMIT):
             raise LedgerError(f"step {step} has the term {term}, outside (u64, u32, -127..127)")
     if not 0 <= step < 2**64 or len(previous) != HASH_SIZE:
         raise LedgerError(f"step {step} with a previous hash of {len(previous)} bytes cannot be a commit")
-    digest = hashlib.sha256(previous + _body(step, eta, decay, loss, fixed)).digest()
-    return Commit(step, float32(eta), float32(decay), float32(loss), fixed, previous, digest)
+    if len(kept) > MOST_RUNS or (kept and len(_runs(fixed)) > MOST_RUNS):
+        raise LedgerError(f"step {step} has {len(kept)} notes and terms in {len(_runs(fixed))} runs, above {MOST_RUNS}")
+    kept = tuple(map(float32, kept))
+    digest = hashlib.sha256(previous + _body(step, eta, decay, loss, fixed, kept)).digest()
+    return Commit(step, float32(eta), float32(decay), float32(loss), fixed, previous, digest, kept)
 
 
 def float32(value: float) -> float:
@@ -155,21 +181,53 @@ def check_hash(data: bytes, previous: bytes) -> bytes:
     return digest
 
 
-def _body(step: int, eta: float, decay: float, loss: float, terms: tuple[Term, ...]) -> bytes:
-    implied = all(term[0] == step and term[1] == k for k, term in enumerate(terms))
-    if implied:
-        packed = struct.pack(f"<{len(terms)}b", *(term[2] for term in terms))
-    else:
-        packed = b"".join(_EXPLICIT.pack(*term) for term in terms)
+def _body(step: int, eta: float, decay: float, loss: float, terms: tuple[Term, ...], notes: tuple[float, ...]) -> bytes:
+    form, packed = _pack(step, terms, notes)
     length = _SMALLEST + len(packed)
     header = _HEADER.pack(length, _header_crc(length, step), step)
-    return header + _FIELDS.pack(eta, decay, float32(loss), 0 if implied else 1, len(terms)) + packed
+    return header + _FIELDS.pack(eta, decay, float32(loss), form, len(terms)) + packed
 
 
-def _terms(step: int, packed: bytes, form: int) -> tuple[Term, ...]:
+def _pack(step: int, terms: tuple[Term, ...], notes: tuple[float, ...]) -> tuple[int, bytes]:
+    """The form of a record and its variable part."""
+    coefficients = struct.pack(f"<{len(terms)}b", *(term[2] for term in terms))
+    if notes:
+        runs = _runs(terms)
+        head = struct.pack(f"<B{len(notes)}fB", len(notes), *notes, len(runs))
+        return 2, head + b"".join(_RUN.pack(*run) for run in runs) + coefficients
+    if all(term[0] == step and term[1] == k for k, term in enumerate(terms)):
+        return 0, coefficients
+    return 1, b"".join(_EXPLICIT.pack(*term) for term in terms)
+
+
+def _unpack(step: int, packed: bytes, form: int, count: int) -> tuple[Iterable[Term], Iterable[float]]:
+    """Terms and notes of a record. Raises struct.error if the bytes are not of this form and count."""
     if form == 0:
-        return tuple((step, k, c) for k, c in enumerate(struct.unpack(f"<{len(packed)}b", packed)))
-    return tuple(_EXPLICIT.iter_unpack(packed))
+        return ((step, k, c) for k, c in enumerate(struct.unpack(f"<{count}b", packed))), ()
+    if form == 1 and len(packed) == count * _EXPLICIT.size:
+        return _EXPLICIT.iter_unpack(packed), ()
+    if form != 2:
+        raise struct.error
+    (many,) = struct.unpack_from("<B", packed)
+    *notes, several = struct.unpack_from(f"<{many}fB", packed, 1)
+    start = 2 + 4 * many
+    runs = [_RUN.unpack_from(packed, start + k * _RUN.size) for k in range(several)]
+    coefficients = struct.unpack(f"<{count}b", packed[start + several * _RUN.size :])
+    if sum(length for *_, length in runs) != count:
+        raise struct.error
+    addresses = ((s, first + k) for s, first, length in runs for k in range(length))
+    return [(*address, c) for address, c in zip(addresses, coefficients, strict=True)], notes
+
+
+def _runs(terms: tuple[Term, ...]) -> list[tuple[int, int, int]]:
+    """(step, first index, length) of each longest stretch of terms of one step with consecutive indices."""
+    runs: list[tuple[int, int, int]] = []
+    for step, index, _ in terms:
+        if runs and runs[-1][0] == step and index == runs[-1][1] + runs[-1][2]:
+            runs[-1] = (step, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((step, index, 1))
+    return runs
 
 
 def _header_crc(length: int, step: int) -> int:

@@ -31,8 +31,8 @@ def implied(step: int, values: list[int]) -> list[tuple[int, int, int]]:
 def commits(draw: st.DrawFn) -> Commit:
     step = draw(st.integers(0, 2**64 - 1))
     terms = draw(st.one_of(explicit, st.lists(coefficients, max_size=40).map(lambda values: implied(step, values))))
-    loss = draw(st.floats(width=32))
-    return seal(step, draw(floats32), draw(floats32), loss, terms, draw(hashes))
+    loss, notes = draw(st.floats(width=32)), draw(st.lists(st.floats(width=32), max_size=4))
+    return seal(step, draw(floats32), draw(floats32), loss, terms, draw(hashes), notes)
 
 
 def bits(value: float) -> bytes:
@@ -45,6 +45,7 @@ def test_a_record_gives_back_its_commit_bit_for_bit(commit: Commit) -> None:
     again = Commit.decode(record, commit.previous)
     assert again == commit
     assert again.encode() == record
+    assert repr(again.notes) == repr(commit.notes)
     assert (bits(again.eta), bits(again.decay)) == (bits(commit.eta), bits(commit.decay))
     assert bits(again.loss) == bits(commit.loss) or math.isnan(again.loss) == math.isnan(commit.loss) is True
 
@@ -83,6 +84,24 @@ def test_terms_of_earlier_steps_are_written_out() -> None:
     commit = seal(5, 1.0, 1.0, 1.0, terms, PREVIOUS)
     assert len(commit.encode()) == 65 + 13 * 3
     assert Commit.decode(commit.encode(), PREVIOUS).terms == tuple(terms)
+
+
+def test_notes_and_runs_are_as_documented() -> None:
+    """A step's own directions, and those of earlier steps, take one byte each and 16 for each step."""
+    terms = [(3, 2, 5), (3, 3, -5), *implied(4, [1] * 16)]
+    commit = seal(4, 0.5, 0.75, 2.5, terms, PREVIOUS, [0.25, math.nan])
+    packed = struct.pack("<BffB", 2, 0.25, math.nan, 2) + struct.pack("<QIIQII", 3, 2, 2, 4, 0, 16)
+    assert commit.encode()[33:-32] == packed + b"\x05\xfb" + b"\1" * 16
+    assert Commit.decode(commit.encode(), PREVIOUS).terms == tuple(terms)
+    assert seal(4, 0.5, 0.75, 2.5, terms, PREVIOUS, [0.25]).hash != commit.hash
+
+
+def test_more_notes_and_runs_than_a_record_has_room_for_are_refused() -> None:
+    for terms, notes in (([], [0.0] * 256), ([(step, 0, 1) for step in range(256)], [0.0])):
+        with pytest.raises(LedgerError, match="above 255"):
+            seal(300, 1.0, 1.0, 1.0, terms, PREVIOUS, notes)
+    with pytest.raises(LedgerError, match="a note"):
+        seal(0, 1.0, 1.0, 1.0, [], PREVIOUS, [0.1])
 
 
 def test_the_order_of_terms_is_part_of_a_commit() -> None:
@@ -126,7 +145,11 @@ def forged(step: int, form: int, count: int, packed: bytes, loss: bytes = bits(1
     [
         (0, 2, b"\1", bits(1.0)),  # fewer coefficients than said
         (1, 1, b"\1", bits(1.0)),
-        (2, 1, b"\1", bits(1.0)),  # no such form
+        (3, 1, b"\1", bits(1.0)),  # no such form
+        (2, 1, b"\1", bits(1.0)),  # cut short
+        (2, 1, b"\0\1" + struct.pack("<QII", 4, 0, 1) + b"\1", bits(1.0)),  # notes, and none
+        (2, 1, b"\1" + bits(1.0) + b"\1" + struct.pack("<QII", 4, 0, 2) + b"\1", bits(1.0)),  # a longer run than said
+        (2, 2, b"\1" + bits(1.0) + b"\2" + struct.pack("<QIIQII", 4, 0, 1, 4, 1, 1) + b"\1\1", bits(1.0)),  # two of one
         (0, 1, b"\x80", bits(1.0)),  # -128
         (1, 1, struct.pack("<QIb", 4, 0, 1), bits(1.0)),  # the long form of what the short one can say
         (0, 1, b"\1", b"\x01\x00\xc0\x7f"),  # a nan of another kind
