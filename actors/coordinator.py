@@ -33,6 +33,7 @@ from actors.roster import Roster
 from actors.settings import settings
 from actors.status import RunStatus, describe
 from actors.trackers import Trackers, require
+from zoray.commits import Commit
 from zoray.config import RunConfig, with_memory
 from zoray.errors import LedgerError
 from zoray.identity import check_header, check_newcomer
@@ -244,7 +245,9 @@ class Coordinator:
         # One of the very step may have been written by the replica that was wrong.
         self._sweep(after=step - 1)
         self.journal.rewound(step)
-        self.events.append(Rewound(step, self.ledger.head, self._skipped()))
+        assert self.state is not None
+        recent = self._recent(self.state.settings.optimizer.reach)
+        self.events.append(Rewound(step, self.ledger.head, self._skipped(), recent))
 
     def _welcome(self, name: str, introduction: Introduction) -> None:
         """The handshake. The first replica's word is compared with the ledger, every other one's with the first's."""
@@ -292,11 +295,13 @@ class Coordinator:
             self.journal.warn(text)
         self.journal.say(f"{'resumed' if resume else 'started'} at step {self.ledger.next_step}")
         self._note_state("running", metrics_url=url)
+        rules = settings(self.config, first.eval_shards)
         self.state = initial_state(
-            settings(self.config, first.eval_shards),
+            rules,
             self.ledger.next_step,
             self.ledger.head,
             skipped=self._skipped(),
+            recent=self._recent(rules.optimizer.reach),
             now=time.monotonic(),
         )
         return Prepared(first, self.roster.count(SlotPhase.ACTIVE), self.ledger.next_step, url)
@@ -321,8 +326,12 @@ class Coordinator:
 
     def _skipped(self) -> int:
         """Null commits in a row at the end of the ledger."""
-        last = list(self.ledger.commits(max(0, self.ledger.next_step - self.config.max_skipped_steps)))
+        last = self._recent(self.config.max_skipped_steps)
         return sum(1 for _ in takewhile(lambda commit: not commit.applied, reversed(last)))
+
+    def _recent(self, count: int) -> tuple[Commit, ...]:
+        """The last commits of the ledger, or all if it has no more."""
+        return tuple(self.ledger.commits(max(0, self.ledger.next_step - count)))
 
     def _conclude(self, finish: Finish) -> None:
         """Write down how the run ended, as far as it can be; not in a folder that is another coordinator's by now."""

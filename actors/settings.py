@@ -34,6 +34,7 @@ def settings(config: RunConfig, eval_shards: int) -> Settings:
         microbatches=config.microbatches,
         weight_decay=config.weight_decay,
         max_projected_gradient=config.max_projected_gradient,
+        optimizer=config.update_rule,
         eval_steps=config.eval_steps,
         eval_shards=eval_shards,
         eval_on_start=config.eval_on_start,

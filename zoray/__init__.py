@@ -14,17 +14,31 @@ if TYPE_CHECKING:
     from zoray.errors import ZorayError
     from zoray.ledger import Ledger
     from zoray.loss import RowLosses
+    from zoray.optim import Optimizer, Width
     from zoray.replica import Replica
 
-__all__ = ["Commit", "Ledger", "ProbeResult", "Replica", "RowLosses", "ZorayError", "__version__", "commit"]
+__all__ = [
+    "Commit",
+    "Ledger",
+    "Optimizer",
+    "ProbeResult",
+    "Replica",
+    "RowLosses",
+    "Width",
+    "ZorayError",
+    "__version__",
+    "commit",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Commit": "zoray.commits",
     "Ledger": "zoray.ledger",
+    "Optimizer": "zoray.optim",
     "ProbeResult": "zoray.aggregate",
     "Replica": "zoray.replica",
     "RowLosses": "zoray.loss",
+    "Width": "zoray.optim",
     "ZorayError": "zoray.errors",
     "commit": "zoray.aggregate",
 }

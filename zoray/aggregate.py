@@ -1,4 +1,4 @@
-"""From the scalars of a step to its commit: mean, clip, quantise to one byte per direction.
+"""From the scalars of a step to its commit: mean, clip, optimizer, quantise to one byte per direction.
 
 The only place where floating-point results of replicas are combined. It runs in one process, in float64 and in a fixed
 order, so the commit does not depend on who computed what, nor on when it arrived. The estimate
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from zoray.commits import COEFFICIENT_LIMIT, HASH_SIZE, Commit, float32, seal
 from zoray.errors import NumericsError, ZorayError
+from zoray.optim import SGD, Optimizer, OptimizerState
+from zoray.optim.shaping import mean
+from zoray.optim.width import disagreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,9 @@ class Aggregate:
         commit: what goes into the ledger.
         nonfinite: directions left out, because a projected gradient or a loss of theirs was not finite.
         clipped: directions whose projected gradient was beyond `max_projected_gradient`.
-        scale: projected gradient of a coefficient of 1; 0 if all coefficients are 0.
+        scale: weight of a coefficient of 1 (of plain SGD: projected gradient); 0 if all coefficients are 0.
         projected_gradients: mean over the microbatches of each direction, before clipping; nan for those left out.
+        disagreement: share of noise in them, as `zoray.optim.width` measures it; nan with one microbatch.
     """
 
     commit: Commit
@@ -60,6 +64,7 @@ class Aggregate:
     clipped: int
     scale: float
     projected_gradients: tuple[float, ...]
+    disagreement: float = math.nan
 
 
 def aggregate(
@@ -72,6 +77,8 @@ def aggregate(
     weight_decay: float = 0.0,
     max_projected_gradient: float | None = None,
     previous: bytes,
+    optimizer: Optimizer = SGD,
+    state: OptimizerState | None = None,
 ) -> Aggregate:
     """Decide the commit of `step` from the results of all its probes, given in any order.
 
@@ -87,6 +94,8 @@ def aggregate(
         weight_decay: decoupled (Loshchilov and Hutter 2019): the weights are multiplied by 1 - learning_rate * this.
         max_projected_gradient: bound on the size of a direction's mean projected gradient; None for no bound.
         previous: hash the commit follows (32 bytes).
+        optimizer: what the projected gradients are turned into weights by.
+        state: the optimizer's state after the commit before; by default that before the first.
 
     Raises:
         ZorayError: a result is missing, given twice, or of another step.
@@ -97,25 +106,31 @@ def aggregate(
     losses: list[float] = []
     for k in range(directions):
         row = [table[k, m] for m in range(microbatches)]
-        gradient = _mean([result.projected_gradient for result in row])
+        gradient = mean([result.projected_gradient for result in row])
         finite = math.isfinite(gradient) and all(math.isfinite(result.loss) for result in row)
         gradients.append(gradient if finite else math.nan)
         losses.extend(result.loss for result in row if finite)
     bound = math.inf if max_projected_gradient is None else max_projected_gradient
-    bounded = [0.0 if math.isnan(g) else max(-bound, min(bound, g)) for g in gradients]
-    coefficients, scale = _quantise(bounded)
+    bounded = [g if math.isnan(g) else max(-bound, min(bound, g)) for g in gradients]
+    rows = [[table[k, m].projected_gradient for m in range(microbatches)] for k in range(directions)]
+    noise = disagreement([row for row, g in zip(rows, gradients, strict=True) if not math.isnan(g)])
+    state = optimizer.initial() if state is None else state
+    update = optimizer.update(state, step, bounded, noise) if losses else optimizer.idle(state, step, directions)
+    coefficients, scale = _quantise([weight for *_, weight in update.terms])
     eta = float32(learning_rate * scale / directions)
     decay = float32(1.0 - learning_rate * weight_decay) if losses else 1.0
     if not (math.isfinite(eta) and math.isfinite(decay)):
         what = f"step {step} would scale its update by {eta} and the weights by {decay}"
         raise NumericsError(what, where="learning_rate", advice="lower it, or set max_projected_gradient")
-    loss = float32(_mean(losses)) if losses else math.nan
+    loss = float32(mean(losses)) if losses else math.nan
+    terms = [(s, k, c) for (s, k, _), c in zip(update.terms, coefficients, strict=True) if c or s == step]
     return Aggregate(
-        commit=seal(step, eta, decay, loss, [(step, k, c) for k, c in enumerate(coefficients)], previous),
+        commit=seal(step, eta, decay, loss, terms, previous, optimizer.notes(update, scale)),
         nonfinite=sum(map(math.isnan, gradients)),
         clipped=sum(abs(g) > bound for g in gradients),
         scale=scale,
         projected_gradients=tuple(gradients),
+        disagreement=noise,
     )
 
 
@@ -127,6 +142,8 @@ def commit(
     weight_decay: float = 0.0,
     max_projected_gradient: float | None = None,
     previous: bytes = bytes(HASH_SIZE),
+    optimizer: Optimizer = SGD,
+    state: OptimizerState | None = None,
 ) -> Commit:
     """The commit of `step` for a plain script: directions and microbatches are those of the probes given.
 
@@ -145,6 +162,8 @@ def commit(
         weight_decay=weight_decay,
         max_projected_gradient=max_projected_gradient,
         previous=previous,
+        optimizer=optimizer,
+        state=state,
     ).commit
 
 
@@ -165,18 +184,10 @@ def _table(
     return table
 
 
-def _mean(values: list[float]) -> float:
-    # Not the built-in sum: from Python 3.12 on it compensates rounding, and a ledger must not depend on that.
-    total = 0.0
-    for value in values:
-        total += value
-    return total / len(values)
-
-
-def _quantise(gradients: list[float]) -> tuple[list[int], float]:
-    """Int8 coefficients and the scale that turns them back: g is about scale * c, within half a scale."""
-    scale = max(map(abs, gradients)) / COEFFICIENT_LIMIT
+def _quantise(weights: list[float]) -> tuple[list[int], float]:
+    """Int8 coefficients and the scale that turns them back: a weight is about scale * c, within half a scale."""
+    scale = max(map(abs, weights)) / COEFFICIENT_LIMIT
     # Below the normal numbers a quotient by the scale would have no correct digits, and could pass 127.
     if scale < sys.float_info.min:
-        return [0] * len(gradients), 0.0
-    return [round(gradient / scale) for gradient in gradients], scale
+        return [0] * len(weights), 0.0
+    return [round(weight / scale) for weight in weights], scale

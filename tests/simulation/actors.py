@@ -168,8 +168,9 @@ class SimulatedCoordinator:
         for commit in self.ledger.commits():
             skipped = 0 if commit.applied else skipped + 1
         self.state = initial_state(
-            world.problem.settings, self.ledger.next_step, self.ledger.head, skipped=skipped, now=world.now
-        )
+            world.problem.settings, self.ledger.next_step, self.ledger.head, skipped=skipped, recent=self._recent(),
+            now=world.now,
+        )  # fmt: skip
         for replica in world.replicas.values():
             world.handshake(replica)
         self.tick(self.life)
@@ -259,7 +260,12 @@ class SimulatedCoordinator:
         skipped = 0
         for commit in self.ledger.commits():
             skipped = 0 if commit.applied else skipped + 1
-        return Rewound(step, self.ledger.head, skipped)
+        return Rewound(step, self.ledger.head, skipped, self._recent())
+
+    def _recent(self) -> tuple[Commit, ...]:
+        assert self.ledger is not None
+        reach = self.world.problem.settings.optimizer.reach
+        return tuple(self.ledger.commits(max(0, self.ledger.next_step - reach)))
 
     def _finish(self, finish: Finish) -> None:
         assert self.state is not None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.simulation.model import Problem
+from zoray.optim import Optimizer, Width
 from zoray.protocol import Settings
 
 NEVER = 1e9
@@ -77,4 +78,11 @@ def draw(rng: random.Random) -> tuple[Problem, Chaos, int]:
         scale_every=rng.choice([NEVER, 8.0]),
         lone=rng.random() < 0.15,
     )
-    return problem, chaos, rng.choice([1, 2, 3, 5, 8])
+    replicas = rng.choice([1, 2, 3, 5, 8])
+    optimizer = Optimizer(
+        normalize=rng.choice(["none", "second_moment"]),
+        momentum=(momentum := rng.choice([0.0, 0.5])),
+        nesterov=momentum > 0 and rng.random() < 0.5,
+        width=Width(settings.directions, 2 * settings.directions + 1) if rng.random() < 0.5 else None,
+    )
+    return replace(problem, settings=replace(settings, optimizer=optimizer)), chaos, replicas

@@ -93,6 +93,8 @@ class Golden:
 def golden(problem: Problem) -> Golden:
     """Run the problem one probe after the other."""
     settings, run = problem.settings, Golden(ledger=empty_ledger()["commits.bin"])
+    optimizer = settings.optimizer
+    state = optimizer.initial()
     skipped, previous = 0, run.ledger[-HASH_SIZE:]
     run.sizes.append(len(run.ledger))
     for step in range(settings.max_steps + 1):
@@ -103,17 +105,18 @@ def golden(problem: Problem) -> Golden:
         if step == settings.max_steps:
             return run
         results = []
-        for index in range(settings.directions):
+        directions = state.width.directions if state.width else settings.directions
+        for index in range(directions):
             for microbatch in range(settings.microbatches):
                 scalars = problem.run(weights, Item(Kind.PROBE, step, index, microbatch))
                 assert isinstance(scalars, ProbeScalars)
                 results.append(ProbeResult(step, index, microbatch, scalars.projected_gradient, scalars.loss))
         commit = aggregate(
-            step, results, directions=settings.directions, microbatches=settings.microbatches,
+            step, results, directions=directions, microbatches=settings.microbatches,
             learning_rate=settings.learning_rate(step), weight_decay=settings.weight_decay,
-            max_projected_gradient=settings.max_projected_gradient, previous=previous,
+            max_projected_gradient=settings.max_projected_gradient, previous=previous, optimizer=optimizer, state=state,
         ).commit  # fmt: skip
-        previous = commit.hash
+        previous, state = commit.hash, optimizer.after(state, commit)
         run.commits.append(commit)
         run.weights.append(apply(weights, commit))
         run.ledger += commit.encode()

@@ -9,6 +9,7 @@ import pytest
 
 from tests.simulation.chaos import InvariantError
 from tests.simulation.simulator import Simulation
+from zoray.optim import Optimizer
 from zoray.protocol import Item, Payload, ProbeScalars, SideLoss, State, kernel
 
 ENOUGH = 100
@@ -87,4 +88,10 @@ def test_numbers_from_the_clock_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
         _accept(state, name, item, payload)
 
     monkeypatch.setattr(kernel, "accept", partial)
+    catch()
+
+
+def test_optimizer_that_forgets_on_resume_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the optimizer knows has to come from the ledger, when the coordinator begins and when the run goes back."""
+    monkeypatch.setattr(Optimizer, "restore", lambda self, _: self.initial())
     catch()

@@ -28,7 +28,8 @@ BLOCKS = [SEEDS[i : i + BLOCK] for i in range(0, len(SEEDS), BLOCK)]
 
 def calm(problem: Problem, chaos: Chaos, _: int) -> tuple[Problem, Chaos, int]:
     """Five replicas of a run in which nothing goes wrong by itself, with digests compared at every step."""
-    settings = replace(problem.settings, max_steps=6, directions=7, microbatches=2, digest_every=1)
+    optimizer = replace(problem.settings.optimizer, width=None)
+    settings = replace(problem.settings, max_steps=6, directions=7, microbatches=2, digest_every=1, optimizer=optimizer)
     quiet = Chaos(0.0, 0.0, 0.01, NEVER, 0.0, NEVER, 0.0, 0.0, 0.0, NEVER, NEVER, False)
     return Problem(settings), quiet, 5
 

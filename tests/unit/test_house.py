@@ -21,6 +21,7 @@ PACKAGES = ("zoray", "actors", "launch")
 LAYERS = (
     {"errors", "files", "partitioned"},
     {"schedule", "commits", "layout", "digest", "product", "rounding", "stores"},
+    {"optim"},
     {"config"},
     {"directions"},
     {"perturb", "update", "ledger"},
@@ -42,7 +43,7 @@ LAYERS = (
 FOREIGN_TO_CORE = ("ray", "deepspeed", "prometheus_client")
 DOOR = "zoray.memory.zero3"
 """The only module that may name DeepSpeed, and imports it late."""
-LIGHT = ("errors", "files", "stores", "schedule", "commits", "config", "ledger", "aggregate", "protocol")
+LIGHT = ("errors", "files", "stores", "schedule", "commits", "optim", "config", "ledger", "aggregate", "protocol")
 """What the command line and the coordinator load: never torch or transformers, which take seconds."""
 
 

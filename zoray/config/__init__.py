@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from zoray.config.compare import changed, mathematics, schedule_needs_max_steps
 from zoray.config.load import dump, load, with_memory
+from zoray.config.optimizer import OptimizerConfig
 from zoray.config.schema import RunConfig, TrackerName
 from zoray.config.sections import (
     CausalLMTask,
@@ -28,6 +29,7 @@ __all__ = [
     "DirectionConfig",
     "LoraConfig",
     "MemoryConfig",
+    "OptimizerConfig",
     "ResidentMemory",
     "RunConfig",
     "StreamedMemory",

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from zoray.config.optimizer import OptimizerConfig
 from zoray.config.schema import RunConfig
 from zoray.config.sections import (
     CausalLMTask,
@@ -46,6 +47,7 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`task` with `kind: causal_lm`", "task.", CausalLMTask),
     ("`task` with `kind: classification`", "task.", ClassificationTask),
     ("`trainable: {lora: {...}}`", "trainable.lora.", LoraConfig),
+    ("`optimizer`", "optimizer.", OptimizerConfig),
     ("`direction`", "direction.", DirectionConfig),
     ("`replicas: {min: ..., max: ...}`", "replicas.", ReplicaRange),
     ("`memory` with `kind: resident`", "memory.", ResidentMemory),

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import Self
 
+from zoray.commits import MOST_RUNS
+from zoray.config.optimizer import OptimizerConfig
 from zoray.config.sections import (
     DirectionConfig,
     MemoryConfig,
@@ -20,6 +22,7 @@ from zoray.config.sections import (
     fault,
     key,
 )
+from zoray.optim import Optimizer, Width
 from zoray.schedule import POLYNOMIAL_END
 from zoray.stores import has_keys, shown
 
@@ -110,6 +113,9 @@ class RunConfig(Section):
     )
     max_projected_gradient: float | None = key(
         None, "Projected gradients are clipped to ± this.", mathematics=True, gt=0
+    )
+    optimizer: OptimizerConfig = key(
+        OptimizerConfig(), "What is made of a step's projected gradients.", mathematics=True
     )
     epsilon: float = key(1e-3, "Distance of the two evaluations of a probe from the weights.", mathematics=True, gt=0)
     direction: DirectionConfig = key(DirectionConfig(), "How directions are drawn.", mathematics=True)
@@ -234,6 +240,25 @@ class RunConfig(Section):
         return {"CPU": float(self.threads_per_replica * self.shards), "GPU": self.gpus_per_replica * self.shards}
 
     @property
+    def most_directions(self) -> int:
+        """Directions of a step, at most."""
+        return self.optimizer.max_directions or self.directions
+
+    @property
+    def update_rule(self) -> Optimizer:
+        """The optimizer that `optimizer` describes."""
+        most, section = self.optimizer.max_directions, self.optimizer
+        return Optimizer(
+            shaping=section.shaping,
+            normalize=section.normalize,
+            beta2=section.beta2,
+            momentum=section.momentum,
+            nesterov=section.nesterov,
+            momentum_window=section.momentum_window,
+            width=None if most is None else Width(self.directions, most),
+        )
+
+    @property
     def snapshots_kept(self) -> int | None:
         """How many snapshots are kept; None: all."""
         return self.save_total_limit if self.save_total_limit or self.save_steps else 2
@@ -317,13 +342,46 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _updates_are_exact(self) -> Self:
-        most = 127 * self.directions * self.direction.rank
-        if self.direction.kind != "gaussian" and most >= EXACT_SUM_LIMIT:
+    def _optimizer_has_what_it_needs(self) -> Self:
+        most = self.optimizer.max_directions
+        if most is not None and (self.microbatches < 2 or most < self.directions):
+            raise fault(
+                "optimizer.max_directions",
+                f"From {self.directions} to {most} directions, each on {self.microbatches} microbatches: their number "
+                "follows from how much the microbatches of a direction disagree.",
+                "Set microbatches to 2 or more, and optimizer.max_directions to directions or more.",
+            )
+        compared = self.optimizer.normalize == "loss_deviation" or self.optimizer.shaping in (
+            "zscore",
+            "rank",
+            "guided",
+        )
+        if compared and self.directions < 2:
             raise fault(
                 "directions",
-                f"127 * {self.directions} directions * rank {self.direction.rank} = {most} is not below 2**24, so the "
+                "This optimizer compares the directions of a step with each other, and there is one.",
+                "Set directions to 2 or more, or take optimizer: {normalize: second_moment}.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_are_exact(self) -> Self:
+        window = self.update_rule.window
+        terms = self.most_directions * window
+        most = 127 * terms * self.direction.rank
+        if self.direction.kind != "gaussian" and most >= EXACT_SUM_LIMIT:
+            steps = f" of {window} steps" if window > 1 else ""
+            raise fault(
+                "directions",
+                f"127 * {terms} directions{steps} * rank {self.direction.rank} = {most} is not below 2**24, so the "
                 "update would not be exact in float32.",
-                f"Use at most {(EXACT_SUM_LIMIT - 1) // (127 * self.direction.rank)} directions, or more microbatches.",
+                f"Use at most {(EXACT_SUM_LIMIT - 1) // (127 * self.direction.rank * window)} directions, or more "
+                "microbatches.",
+            )
+        if window > MOST_RUNS:
+            raise fault(
+                "optimizer.momentum",
+                f"The momentum reaches back {window} steps, and a commit has room for {MOST_RUNS}.",
+                f"Set optimizer.momentum_window to {MOST_RUNS} or less.",
             )
         return self

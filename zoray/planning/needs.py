@@ -160,5 +160,8 @@ def storage(config: RunConfig, work: Work) -> dict[str, int]:
         kept = math.ceil(config.max_steps / (config.save_steps or config.max_steps))
     # A new one is whole before the oldest goes.
     snapshots = (kept + 1) * work.weights(trained=True)
-    record = seal(0, 1.0, 1.0, 1.0, tuple((0, index, 1) for index in range(config.directions)), bytes(32)).encode()
+    count, rule = config.most_directions, config.update_rule
+    terms = [(step, index, 1) for step in range(rule.window) for index in range(count)]
+    notes = (1.0,) * 5 if rule.reach else ()
+    record = seal(0, 1.0, 1.0, 1.0, terms, bytes(32), notes).encode()
     return {"snapshots": snapshots, "ledger": config.max_steps * len(record)}

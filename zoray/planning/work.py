@@ -157,7 +157,8 @@ def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
 def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) -> None:
     """An update by as many directions as are ever applied together, and a digest, of the parameters that take most."""
     # Gaussian directions are added one by one.
-    terms = 1 if layout.kind == "gaussian" else max(config.directions, _REPLAYED // config.direction.rank)
+    together = max(config.most_directions * config.update_rule.window, _REPLAYED // config.direction.rank)
+    terms = 1 if layout.kind == "gaussian" else together
     # Their values do not matter, but for zeros, which are left out.
     commit = seal(0, 2.0**-20, 0.5, 0.0, tuple((0, index, 1) for index in range(terms)), bytes(32))
     factored = [spec for spec in layout.specs if spec.rank]

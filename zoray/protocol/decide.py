@@ -38,12 +38,14 @@ def decide(state: State, now: float, actions: list[Action]) -> None:
         state.pending = aggregate(
             step,
             _probes(state),
-            directions=settings.directions,
+            directions=state.directions,
             microbatches=settings.microbatches,
             learning_rate=settings.learning_rate(step),
             weight_decay=settings.weight_decay,
             max_projected_gradient=settings.max_projected_gradient,
             previous=state.previous,
+            optimizer=settings.optimizer,
+            state=state.optimizer,
         )
     except NumericsError as error:
         state.phase = Phase.FINISHED
@@ -96,6 +98,7 @@ def conclude(state: State, step: int, now: float, actions: list[Action]) -> None
         while len(state.past) > _REMEMBERED:
             del state.past[next(iter(state.past))]
     state.step, state.previous = step + 1, commit.hash
+    state.optimizer = state.settings.optimizer.after(state.optimizer, commit)
     state.unproven = {name: since for name, since in state.unproven.items() if name in state.members}
     open_step(state, now)
 

@@ -266,6 +266,7 @@ def _rewound(state: State, event: Rewound, now: float, actions: list[Action]) ->
         actions.append(Warn(f"the ledger is said to be cut back to step {event.step} though nobody asked for it"))
         return
     state.step, state.previous, state.skipped = event.step, event.previous, event.skipped
+    state.optimizer = state.settings.optimizer.restore(event.recent)
     state.replay, state.past = 0.0, {}
     open_step(state, now)
 

@@ -176,11 +176,15 @@ class AppendFailed:
 
 @dataclass(frozen=True, slots=True)
 class Rewound:
-    """The ledger was cut: it ends before `step`, with the hash `previous`, and `skipped` null commits at its end."""
+    """The ledger was cut: it ends before `step`, with the hash `previous`, and `skipped` null commits at its end.
+
+    `recent`: its last commits, as many as `initial_state` is given.
+    """
 
     step: int
     previous: bytes
     skipped: int
+    recent: tuple[Commit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from statistics import median
 from typing import TYPE_CHECKING
 
 from zoray.errors import ConfigError
+from zoray.optim import SGD, Optimizer, OptimizerState
 from zoray.protocol.messages import Counters, Item, Kind, Payload
 
 if TYPE_CHECKING:
     from zoray.aggregate import Aggregate
+    from zoray.commits import Commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,9 @@ class Settings:
     """What the kernel needs of the configuration. Times are in seconds of the carrier's clock.
 
     Args:
+        directions: per step, unless the optimizer says how many.
         learning_rate: pure function of the step (see `zoray.schedule`).
+        optimizer: what makes an update of projected gradients.
         eval_shards: pieces one evaluation is divided into; 0: no evaluation at all.
         digest_every: compare digests every so many steps; None: as often as takes `digest_share` of the time.
             Where a replica is found to have diverged, the steps it took part in since it last agreed with others are
@@ -52,6 +56,7 @@ class Settings:
     microbatches: int = 1
     weight_decay: float = 0.0
     max_projected_gradient: float | None = None
+    optimizer: Optimizer = SGD
     eval_steps: int | None = None
     eval_shards: int = 0
     eval_on_start: bool = True
@@ -174,6 +179,7 @@ class State:
     step: int
     previous: bytes
     skipped: int
+    optimizer: OptimizerState
     phase: Phase = Phase.PROBING
     stopping: bool = False
     opened: float = 0.0
@@ -201,6 +207,11 @@ class State:
     single: dict[str, None] = field(default_factory=dict)
     flights: dict[Item, Flight] = field(default_factory=dict)
     durations: dict[Kind, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def directions(self) -> int:
+        """How many directions the step in hand has."""
+        return self.settings.directions if self.optimizer.width is None else self.optimizer.width.directions
 
     def copy(self) -> State:
         """A state that can be changed without touching this one: O(replicas + results of the step), all in C."""
@@ -230,7 +241,7 @@ def open_step(state: State, now: float) -> None:
             state.replay = 0.0
             items.append(Item(Kind.SNAPSHOT, step))
     if not closing:
-        addresses = ((k, m) for k in range(settings.directions) for m in range(settings.microbatches))
+        addresses = ((k, m) for k in range(state.directions) for m in range(settings.microbatches))
         kinds = (Kind.PLUS, Kind.MINUS) if settings.split_signs else (Kind.PROBE,)
         items += [Item(kind, step, direction, microbatch) for direction, microbatch in addresses for kind in kinds]
     state.phase = Phase.CLOSING if closing else Phase.PROBING
@@ -300,7 +311,13 @@ def counts(state: State, item: Item) -> bool:
 
 
 def initial_state(
-    settings: Settings, next_step: int, previous_hash: bytes, *, skipped: int = 0, now: float = 0.0
+    settings: Settings,
+    next_step: int,
+    previous_hash: bytes,
+    *,
+    skipped: int = 0,
+    recent: Sequence[Commit] = (),
+    now: float = 0.0,
 ) -> State:
     """The state of a coordinator that starts or resumes.
 
@@ -309,8 +326,9 @@ def initial_state(
         next_step: the first step not in the ledger.
         previous_hash: hash of the last commit (of the header, when there is none), 32 bytes.
         skipped: null commits in a row at the end of the ledger, so that a resumed run gives up where it would have.
+        recent: the last `settings.optimizer.reach` commits of the ledger, or all of a shorter one, oldest first.
         now: the carrier's clock, seconds.
     """
-    state = State(settings, next_step, previous_hash, skipped)
+    state = State(settings, next_step, previous_hash, skipped, settings.optimizer.restore(recent))
     open_step(state, now)
     return state

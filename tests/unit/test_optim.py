@@ -1,0 +1,245 @@
+"""The optimizers: against torch's where torch has one, and what must hold of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoray.aggregate import Aggregate, ProbeResult, aggregate
+from zoray.commits import Commit, float32
+from zoray.errors import ConfigError, NumericsError
+from zoray.optim import SGD, Optimizer, Width
+from zoray.optim.optimizer import FORGOTTEN
+from zoray.optim.shaping import SHAPINGS, shaped
+from zoray.optim.width import CLEAR, NOISY, WidthState, disagreement
+
+RATE = 0.25
+finite = st.floats(-1e6, 1e6, width=32)
+gradient_lists = st.lists(finite, min_size=2, max_size=9)
+optimizers = st.builds(
+    lambda shaping, normalize, momentum, nesterov, width: Optimizer(
+        shaping=shaping,
+        normalize=normalize if shaping in ("none", "guided") else "none",
+        momentum=momentum,
+        nesterov=nesterov and momentum > 0,
+        width=Width(3, 11) if width else None,
+    ),
+    st.sampled_from(SHAPINGS),
+    st.sampled_from(["none", "loss_deviation", "second_moment"]),
+    st.sampled_from([0.0, 0.3, 0.9]),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+def decide(
+    optimizer: Optimizer, state: Any, step: int, rows: Sequence[Sequence[float]], previous: bytes = bytes(32)
+) -> Aggregate:
+    """The commit of a step whose directions gave `rows`, one projected gradient for each microbatch."""
+    results = [ProbeResult(step, k, m, float32(g), 1.0) for k, row in enumerate(rows) for m, g in enumerate(row)]
+    return aggregate(
+        step, results, directions=len(rows), microbatches=len(rows[0]), learning_rate=RATE, previous=previous,
+        optimizer=optimizer, state=state,
+    )  # fmt: skip
+
+
+def run(optimizer: Optimizer, steps: Sequence[Sequence[float]]) -> list[Commit]:
+    """Commits of steps whose directions gave these projected gradients."""
+    state, commits = optimizer.initial(), []
+    for step, gradients in enumerate(steps):
+        commits.append(decide(optimizer, state, step, [[g] for g in gradients]).commit)
+        state = optimizer.after(state, commits[-1])
+    return commits
+
+
+def moves(commits: Sequence[Commit]) -> dict[tuple[int, int], float]:
+    """How far the weights have gone along each direction."""
+    total: dict[tuple[int, int], float] = {}
+    for commit in commits:
+        for step, index, c in commit.terms:
+            total[step, index] = total.get((step, index), 0.0) - commit.eta * c
+    return total
+
+
+@given(gradient_lists)
+def test_sgd_is_the_mean_of_the_estimates(gradients: list[float]) -> None:
+    (commit,) = run(SGD, [gradients])
+    assert commit.notes == () and commit.encode()[28] == 0
+    error = RATE / len(gradients) * max(map(abs, gradients)) / 127
+    for k, gradient in enumerate(gradients):
+        assert moves([commit])[0, k] == pytest.approx(-RATE * gradient / len(gradients), abs=error)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.3, 0.9])
+def test_momentum_is_that_of_torch(momentum: float, nesterov: bool) -> None:
+    """Each direction is a coordinate of its own: torch's SGD on all of them has to go the same way."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(12, 4, generator=generator)
+    weights = torch.zeros(12, 4, requires_grad=True)
+    reference = torch.optim.SGD([weights], lr=RATE / 4, momentum=momentum, nesterov=nesterov)
+    for step in range(12):
+        weights.grad = torch.zeros(12, 4)
+        weights.grad[step] = steps[step]
+        reference.step()
+    optimizer = Optimizer(momentum=momentum, nesterov=nesterov, momentum_window=12)
+    commits = run(optimizer, steps.tolist())
+    found = torch.tensor([[moves(commits)[s, k] for k in range(4)] for s in range(12)])
+    # A coefficient is within half a step of 127 of the largest, for each of the 12 commits.
+    assert torch.allclose(found, weights.detach(), atol=12 * RATE / 4 * 4 / 127)
+
+
+def test_momentum_reaches_back_to_what_weighs_five_per_cent() -> None:
+    for momentum in (0.3, 0.5, 0.9, 0.95):
+        window = Optimizer(momentum=momentum).window
+        assert momentum ** (window - 1) >= FORGOTTEN > momentum**window
+    commits = run(Optimizer(momentum=0.5), [[1.0, -1.0]] * 9)
+    assert {step for step, *_ in commits[-1].terms} == {8, 7, 6, 5, 4}
+
+
+def test_steps_of_other_widths_keep_their_own_mean() -> None:
+    optimizer = Optimizer(momentum=0.5, momentum_window=2)
+    commits = run(optimizer, [[1.0, 1.0], [1.0]])
+    went = moves(commits)
+    assert went[0, 0] == pytest.approx(-RATE / 2 * 1.5, rel=0.01)
+    assert went[1, 0] == pytest.approx(-RATE, rel=0.01)
+
+
+@given(gradient_lists, st.floats(1e-3, 1e3))
+def test_normalised_steps_do_not_depend_on_the_scale_of_the_loss(gradients: list[float], factor: float) -> None:
+    if max(map(abs, gradients)) < 1e-3:
+        return
+    for normalize in ("loss_deviation", "second_moment"):
+        optimizer = Optimizer(normalize=normalize)  # type: ignore[arg-type]
+        state = optimizer.initial()
+        first = decide(optimizer, state, 0, [[g] for g in gradients])
+        other = decide(optimizer, state, 0, [[g * factor] for g in gradients])
+        assert other.commit.eta == pytest.approx(first.commit.eta, rel=1e-4)
+
+
+def test_second_moment_is_adams_with_one_number() -> None:
+    optimizer = Optimizer(normalize="second_moment", beta2=0.9)
+    steps = [[3.0, -1.0], [0.5, 0.25], [8.0, 8.0]]
+    moment = 0.0
+    for step, (commit, gradients) in enumerate(zip(run(optimizer, steps), steps, strict=True)):
+        moment = 0.9 * moment + 0.1 * sum(g * g for g in gradients) / 2
+        expected = max(map(abs, gradients)) / math.sqrt(moment / (1 - 0.9 ** (step + 1)))
+        assert commit.eta * 127 * 2 / RATE == pytest.approx(expected, rel=1e-5)
+        assert commit.notes == (float32(commit.notes[0]), step + 1)
+
+
+def test_loss_deviation_is_fzoos() -> None:
+    """eta / (N sigma) sum (l_i - l_0) u_i, with sigma of the losses: the epsilon of both cancels."""
+    epsilon, losses = 1e-3, [2.5, 2.0, 3.25, 2.25]
+    baseline = 2.25
+    sigma = torch.tensor(losses, dtype=torch.float64).std().item()
+    gradients = [(loss - baseline) / epsilon for loss in losses]
+    (commit,) = run(Optimizer(normalize="loss_deviation"), [gradients])
+    for k, loss in enumerate(losses):
+        assert moves([commit])[0, k] == pytest.approx(-RATE / 4 * (loss - baseline) / sigma, abs=RATE / 4 / 127 * 2)
+
+
+@given(gradient_lists)
+def test_shapes(gradients: list[float]) -> None:
+    count = len(gradients)
+    assert shaped(gradients, "none") == gradients
+    assert all(w == (g > 0) - (g < 0) for w, g in zip(shaped(gradients, "sign"), gradients, strict=True))
+    ranks, scores, guided = (shaped(gradients, kind) for kind in ("rank", "zscore", "guided"))  # type: ignore[arg-type]
+    order = sorted(range(count), key=lambda k: gradients[k])
+    for kind in (ranks, scores):
+        assert all(kind[a] <= kind[b] for a, b in pairwise(order))
+        assert sum(kind) == pytest.approx(0, abs=1e-6 * count)
+    assert max(map(abs, ranks)) <= 0.5 and len(set(ranks)) == len(set(gradients))
+    if len(set(gradients)) == count:
+        assert sum(w > 0 for w in guided) == sum(w < 0 for w in guided) == max(1, count // 4)
+        assert guided[order[0]] < 0 < guided[order[-1]]
+
+
+def test_shapes_of_equal_gradients_do_nothing() -> None:
+    for kind in ("zscore", "rank", "guided"):
+        assert shaped([2.0, 2.0, 2.0], kind) == [0.0, 0.0, 0.0]  # type: ignore[arg-type]
+
+
+@given(optimizers, st.lists(st.lists(finite, min_size=2, max_size=2), min_size=6, max_size=6), st.integers(0, 5))
+def test_state_is_a_function_of_the_last_commits(optimizer: Optimizer, steps: list[list[float]], null: int) -> None:
+    """A coordinator that resumes anywhere goes on as the one that never stopped, a null step in between or not."""
+    state, commits = optimizer.initial(), []
+    for step, row in enumerate(steps):
+        rows = [[math.nan, math.nan] if step == null else row] * 3
+        commits.append(decide(optimizer, state, step, rows).commit)
+        again = Commit.decode(commits[-1].encode(), commits[-1].previous)
+        assert again.encode() == commits[-1].encode() and repr(again) == repr(commits[-1])
+        state = optimizer.after(state, again)
+        late = optimizer.restore(commits[max(0, len(commits) - optimizer.reach) :])
+        assert repr(late) == repr(state)
+    assert commits[null].applied is False
+
+
+@given(optimizers, gradient_lists, st.randoms())
+def test_left_out_directions_do_not_count(optimizer: Optimizer, gradients: list[float], rng: Any) -> None:
+    missing = rng.randrange(len(gradients))
+    rows = [[math.nan if k == missing else g] for k, g in enumerate(gradients)]
+    decided = decide(optimizer, optimizer.initial(), 0, rows)
+    assert decided.nonfinite == 1 and decided.commit.terms[missing][2] == 0
+
+
+def test_disagreement_is_the_share_of_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(4000, 1, generator=generator)
+    noise = torch.randn(4000, 4, generator=generator)
+    assert disagreement(slopes.expand(-1, 4).tolist()) == pytest.approx(0, abs=1e-9)
+    assert disagreement(noise.tolist()) == pytest.approx(1, rel=0.1)
+    # The mean of 4 has a variance of 1 of slopes and of 1/4 of noise.
+    assert disagreement((slopes + noise).tolist()) == pytest.approx(0.2, rel=0.1)
+    assert math.isnan(disagreement([[1.0], [2.0]])) and math.isnan(disagreement([[0.0, 0.0]]))
+
+
+def test_width_follows_the_noise() -> None:
+    width = Width(4, 15)
+    state = width.initial()
+    seen = []
+    for rho in (0.9, 0.9, 0.9, (NOISY + CLEAR) / 2, 0.0, 0.0, math.nan, 0.0):
+        state = width.next(state, rho)
+        seen.append(state.directions)
+    assert seen == [8, 15, 15, 15, 15, 15, 15, 15]
+    for _ in range(20):
+        state = width.next(state, 0.0)
+    assert state.directions == 4
+    assert width.read(WidthState(8, 0.5).notes) == WidthState(8, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"shaping": "signed"}, "shaping"),
+        ({"normalize": "adam"}, "normalize"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"beta2": -0.1}, "beta2"),
+        ({"nesterov": True}, "nesterov"),
+        ({"momentum_window": 3}, "momentum_window"),
+        ({"shaping": "rank", "normalize": "second_moment"}, "normalize"),
+    ],
+)
+def test_nonsense_is_refused(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Optimizer(**options)
+    assert caught.value.where == where and caught.value.advice
+
+
+def test_nonsense_widths_are_refused() -> None:
+    for least, most in ((0, 3), (4, 3), (1, 1 << 24)):
+        with pytest.raises(ConfigError):
+            Width(least, most)
+
+
+def test_second_moment_that_overflows_ends_the_run() -> None:
+    optimizer = Optimizer(normalize="second_moment")
+    with pytest.raises(NumericsError, match="too large"):
+        decide(optimizer, optimizer.initial(), 0, [[1e30], [1e30]])
