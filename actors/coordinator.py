@@ -286,7 +286,7 @@ class Coordinator:
         self._note_state("starting", metrics_url=url)
         self.roster.gather()
         first = self._first
-        examples = self.config.per_direction_batch_size * self.config.directions * self.config.microbatches
+        examples = self.config.per_direction_batch_size * self.config.microbatches
         self.journal.begin(self.ledger.next_step, url, examples * first.tokens_per_example, first.trainable)
         # Nothing that was made of commits that are not there (any more) may be taken for true.
         self._sweep(after=self.ledger.next_step)

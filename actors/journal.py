@@ -89,17 +89,17 @@ class Journal:
         self._recent: deque[Split] = deque(maxlen=RECENT)
         self._log = _file_logger(folder)
 
-    def begin(self, step: int, metrics_url: str, tokens_per_step: float, trainable: int = 0) -> None:
+    def begin(self, step: int, metrics_url: str, tokens_per_direction: float, trainable: int = 0) -> None:
         """The run is about to start, or to continue, at a step.
 
         Args:
             step: the first one that is not in the ledger.
             metrics_url: where Prometheus finds the run.
-            tokens_per_step: of training data.
+            tokens_per_direction: of training data, on all of its microbatches.
             trainable: number of weights that are trained.
         """
         self.progress = replace(self.progress, step=step, metrics_url=metrics_url, trainable=trainable)
-        self._tokens = tokens_per_step
+        self._tokens = tokens_per_direction
         self.exporter.begin(step)
         for row in self.folder.rows("evaluations"):
             if row["step"] <= step:
@@ -189,7 +189,7 @@ class Journal:
         mean = Split(*(math.fsum(getattr(s, n) for s in self._recent) / len(self._recent) for n in Split.__slots__))
         row = self._step_row(record, split)
         self.folder.append("steps", row)
-        self.exporter.committed(record, split, self._tokens, 2 * self.progress.trainable)
+        self.exporter.committed(record, split, row["tokens"], 2 * self.progress.trainable)
         if self._trackers is not None:
             self._trackers.step(row, record.counters)
         self._curve.add(record.step, row["loss"])
@@ -198,7 +198,7 @@ class Journal:
             self.progress,
             step=record.step + 1,
             loss=row["loss"],
-            tokens_per_second=self._tokens / mean.total if mean.total else 0.0,
+            tokens_per_second=row["tokens"] / mean.total if mean.total else 0.0,
             split=mean,
             replicas=record.replicas,
             replica_steps=self.progress.replica_steps + record.replicas,
@@ -216,12 +216,13 @@ class Journal:
             "gradient_rms": rms(finite),
             "nonfinite": record.aggregate.nonfinite,
             "clipped": record.aggregate.clipped,
+            "directions": len(record.aggregate.projected_gradients),
             "replicas": record.replicas,
             "seconds": round(split.total, 6),
             "probe_seconds": round(split.probe, 6),
             "commit_seconds": round(split.commit, 6),
             "wait_seconds": round(split.wait, 6),
-            "tokens": self._tokens,
+            "tokens": self._tokens * len(record.aggregate.projected_gradients),
             "sent": self.progress.sent,
             "received": self.progress.received,
             "time": round(time.time(), 3),

@@ -23,6 +23,7 @@ _MEANS = {
     "train/projected_gradient_rms": "gradient_rms",
     "train/nonfinite_directions": "nonfinite",
     "train/clipped_directions": "clipped",
+    "train/directions": "directions",
     "time/step_seconds": "seconds",
     "time/probe_seconds": "probe_seconds",
     "time/commit_seconds": "commit_seconds",

@@ -40,7 +40,7 @@ def journal_of(folder: Path) -> Journal:
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
     made = journal_of(tmp_path)
-    made.begin(0, "http://here/metrics", 64.0)
+    made.begin(0, "http://here/metrics", 32.0)
     return made
 
 
@@ -99,7 +99,7 @@ def test_a_resumed_run_knows_its_evaluations_up_to_there(tmp_path: Path, journal
     for step, loss in ((0, 3.0), (2, 2.0), (4, 1.0)):
         journal.report(record(step, aggregate=None, evaluation=Evaluation(loss, 0.1, 10, 0)))
     again = journal_of(tmp_path)
-    again.begin(3, "", 64.0)
+    again.begin(3, "", 32.0)
     assert again.progress.step == 3
     assert again.progress.first is not None and again.progress.first.loss == 3.0
     assert again.progress.last is not None and again.progress.last.loss == 2.0
