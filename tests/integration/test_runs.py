@@ -54,22 +54,33 @@ def test_a_classification_with_lora(inputs: Inputs, launch: Launch) -> None:
     assert last["count"] == 10 and 0 <= last["correct"] <= 10
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 5])
-def test_a_run_stopped_at_any_step_and_resumed_has_the_same_ledger(step: int, inputs: Inputs, launch: Launch) -> None:
-    undisturbed = launch(inputs.config())
+REMEMBERS = {
+    "microbatches": 2,
+    "optimizer": {"momentum": 0.5, "nesterov": True, "normalize": "second_moment", "max_directions": 9},
+}
+
+
+@pytest.mark.parametrize(("step", "keys"), [(0, {}), (1, {}), (3, {}), (5, {}), (2, REMEMBERS)])
+def test_a_run_stopped_at_any_step_and_resumed_has_the_same_ledger(
+    step: int, keys: dict[str, Any], inputs: Inputs, launch: Launch
+) -> None:
+    undisturbed = launch(inputs.config(**keys))
 
     def stop(coordinator: Any, record: Any) -> None:
         if record.step == step and record.aggregate is not None:
             coordinator.stop()
 
-    first = launch(inputs.config(save_steps=2), at=stop)
+    first = launch(inputs.config(save_steps=2, **keys), at=stop)
     if step < 5:
         assert first.finish.reason == "stopped"
     assert first.finish.step <= step + 2
     assert digests(first.folder)[first.finish.step] == f"{first.finish.digest:016x}"
-    again = launch(inputs.config(replicas=1, save_steps=2), first.folder)
+    again = launch(inputs.config(replicas=1, save_steps=2, **keys), first.folder)
     assert again.finish.reason == "done"
     assert again.ledger == undisturbed.ledger
+    commits = list(Ledger.open(again.folder.ledger, repair=False).commits())
+    assert all(bool(commit.notes) == bool(keys) for commit in commits)
+    assert {s for s, *_ in commits[-1].terms} == ({1, 2, 3, 4, 5} if keys else {5})
     assert again.finish.digest == undisturbed.finish.digest
 
 
