@@ -163,7 +163,9 @@ def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) 
     commit = seal(0, 2.0**-20, 0.5, 0.0, tuple((0, index, 1) for index in range(terms)), bytes(32))
     factored = [spec for spec in layout.specs if spec.rank]
     dense = [spec for spec in layout.specs if not spec.rank]
-    chosen = [max(specs, key=lambda spec: spec.cols) for specs in (factored, dense) if specs]
+    # A block of wide rows takes most for b, one of many short rows for a.
+    measures: tuple[Callable[[ParamSpec], int], ...] = (lambda spec: spec.cols, _rows_of_block)
+    chosen = [max(specs, key=measure) for specs in (factored, dense) if specs for measure in measures]
     directions = ShadowDirections(layout, config.seed)
 
     def shard(spec: ParamSpec) -> Shard:
@@ -201,3 +203,7 @@ def _explained(config: RunConfig) -> Iterator[None]:
             where="model",
             advice="Start it with a small batch, and see what `zoray status` says of its replicas' memory.",
         ) from error
+
+
+def _rows_of_block(spec: ParamSpec) -> int:
+    return min(spec.numel // spec.cols, max(1, BLOCK_ELEMENTS // spec.cols))
