@@ -28,6 +28,7 @@ LAYERS = (
     {"strays"},
     {"proof"},
     {"probe"},
+    {"estimators"},
     {"memory"},
     {"replica"},
     {"protocol"},
