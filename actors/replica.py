@@ -8,7 +8,6 @@ import os
 import resource
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import psutil
 import ray
@@ -22,6 +21,7 @@ from zoray.memory.shortage import explain, out_of_memory
 from zoray.memory.world import Meeting, form, lost_touch
 from zoray.models import Make, check_lengths, check_tokens, load_placed, load_tokenizer
 from zoray.partitioned import shape_of
+from zoray.probe import Sign
 from zoray.protocol import (
     Answer,
     DigestValue,
@@ -40,6 +40,9 @@ from zoray.protocol import (
 from zoray.replica import Replica
 from zoray.snapshot import found, load_newest, save
 from zoray.tasks import batch_for, load_task
+
+_SIGNS: dict[Kind, Sign] = {Kind.PLUS: 1, Kind.CENTRE: 0, Kind.MINUS: -1}
+"""Where the loss is taken of an evaluation that makes a probe together with another."""
 
 _NEWEST = 16
 """Snapshots a joiner chooses from: an older one would hardly be taken."""
@@ -124,12 +127,13 @@ class ReplicaActor:
                 rank=config.direction.rank,
                 signs=config.signs,
                 head=config.head,
+                estimator=config.estimator,
                 memory=memory,
             )
             self.replica.prove(self._batch(Item(Kind.PROBE, 0)), config.epsilon)
         except Exception as error:
             if out_of_memory(error):
-                batched = None if doing == "loading the model" else config.signs != "sequential"
+                batched = None if doing == "loading the model" else config.proved_signs != "sequential"
                 raise explain(error, config, f"{self._who}, {doing}", batched) from error
             if (alone := self._alone(error)) is not None:
                 raise alone from error
@@ -248,7 +252,7 @@ class ReplicaActor:
             return ProbeScalars(result.projected_gradient, result.loss, applied, time.perf_counter() - started)
         if item.kind.probing:
             started = time.perf_counter()
-            sign: Literal[1, -1] = 1 if item.kind is Kind.PLUS else -1
+            sign = _SIGNS[item.kind]
             loss = self.replica.side(item.step, item.direction, self._batch(item), self.config.epsilon, sign)
             return SideLoss(loss, applied, time.perf_counter() - started)
         if item.kind is Kind.EVAL:

@@ -44,5 +44,7 @@ def settings(config: RunConfig, eval_shards: int) -> Settings:
         digest_every=config.digest_every,
         max_skipped_steps=config.max_skipped_steps,
         split_signs=config.split_signs,
+        one_sided=config.estimator == "one_sided",
+        by_batch=config.estimator == "backprop" and config.shared_batches,
         epsilon=config.epsilon,
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.progress import size
-from zoray.config import ClassificationTask, RunConfig, load, mathematics
+from zoray.config import DIFFERENTIATING, ClassificationTask, RunConfig, load, mathematics
 from zoray.errors import ConfigError, ResourceError
 from zoray.planning import Change, Fit, Machine, Place, Plan, Planner, storage
 
@@ -99,18 +99,27 @@ def _assumed(made: Plan) -> list[str]:
     lines = [f"batches are as wide as task.max_length, {config.task.max_length} tokens; narrower ones take less"]
     if isinstance(config.task, ClassificationTask) and config.task.num_labels is None:
         lines.append("as many classes as the model's config.json says, since task.num_labels is left to the data")
-    if "auto" in (config.signs, config.head):
+    if "auto" in (config.proved_signs, config.head):
         lines.append("the first batch proves the paths that the model's structure allows (`signs`, `head`: auto)")
     if config.gpus_per_replica:
         lines.append("an accelerator's context and libraries take 0.5 GiB; its kernels what those of a processor do")
     return lines
 
 
+_FORWARDS = {
+    "one_sided": "one forward, beside one at the weights that all directions share, each",
+    "forward_gradient": "one forward with derivatives",
+    "backprop": "a forward and a backward",
+}
+
+
 def _paths(made: Plan) -> str:
-    rows, verdict = made.config.per_direction_batch_size, made.work.verdict
-    signs = f"both signs in one forward of {2 * rows} rows" if verdict.batched else f"two forwards of {rows} rows"
-    head = "; the head in slices" if verdict.chunked else ""
-    return f"{signs} of {made.config.task.max_length} tokens{head}"
+    config, rows, verdict = made.config, made.config.per_direction_batch_size, made.work.verdict
+    forwards = f"{_FORWARDS.get(config.estimator, 'two forwards')} of {rows} rows"
+    if verdict.batched:
+        forwards = f"both signs in one forward of {2 * rows} rows"
+    head = "; the head in slices" if verdict.chunked and config.estimator not in DIFFERENTIATING else ""
+    return f"{forwards} of {config.task.max_length} tokens{head}"
 
 
 def _print(console: Console, made: Plan, machine: Machine, fit: Fit) -> None:

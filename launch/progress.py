@@ -64,6 +64,8 @@ class Watcher:
         self.console.print(f"run {self.folder.name} on {place.words}", markup=False)
         self.console.print(f"  {about.weights:,} weights in {config.dtype}{share}", markup=False)
         probes = f"{config.directions} directions × {config.microbatches * config.per_direction_batch_size} examples"
+        if config.estimator != "spsa":
+            probes += f" by {config.estimator}"
         replicas = f"{prepared.replicas} {'replica' if prepared.replicas == 1 else 'replicas'}"
         self.console.print(f"  {probes} per step, {config.max_steps} steps, {replicas} to begin with", markup=False)
         self.console.print(f"  folder {self.folder.path}", markup=False)

@@ -28,8 +28,9 @@ class ProbeResult:
         step: number of the step.
         direction: index of the direction in that step.
         microbatch: index of the batch the direction was tried on.
-        projected_gradient: (L(theta + epsilon z) - L(theta - epsilon z)) / (2 epsilon).
-        loss: mean of the two losses.
+        projected_gradient: <grad L, z>, or what the estimator has for it: two-sided SPSA
+            (L(theta + epsilon z) - L(theta - epsilon z)) / (2 epsilon).
+        loss: mean of the two losses; of other estimators, the loss at theta.
     """
 
     step: int
@@ -44,6 +45,13 @@ class ProbeResult:
     ) -> ProbeResult:
         """The probe whose two losses (float64) are given; its scalars are rounded to float32, as they travel."""
         return cls(step, direction, microbatch, float32((plus - minus) / (2 * epsilon)), float32((plus + minus) / 2))
+
+    @classmethod
+    def of_one_side(
+        cls, step: int, direction: int, microbatch: int, plus: float, centre: float, epsilon: float
+    ) -> ProbeResult:
+        """The probe of the losses (float64) at theta + epsilon z and at theta itself, as FZOO has it (2506.09034)."""
+        return cls(step, direction, microbatch, float32((plus - centre) / epsilon), float32(centre))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,17 @@
-"""The probe: one projected gradient, a pure function of the weights and the probe's address.
+"""What probes are made of: losses beside the weights and at them, pure functions of the weights and the address.
 
-g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)   (Spall 1992, two-sided SPSA)
+`zoray.estimators` makes projected gradients of them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 
-from zoray.aggregate import ProbeResult
 from zoray.directions import Directions
 from zoray.errors import ModelError
 from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled
@@ -21,9 +21,12 @@ from zoray.proof import Verdict, head_layer
 
 _log = logging.getLogger(__name__)
 
+Sign = Literal[1, 0, -1]
+"""Which side of the weights: theta + epsilon z, theta itself, or theta - epsilon z."""
+
 
 class Prober:
-    """Runs probes of one model on the paths that were proved right for it.
+    """Runs the forwards of one model's probes on the paths that were proved right for it.
 
     Args:
         loss: a custom loss; by default the model's own (`ModelLoss`).
@@ -35,6 +38,7 @@ class Prober:
         self.directions, self.verdict = directions, verdict
         self.engine = Engine(model, directions.layout, frozenset(verdict.strays), verdict.rows)
         self._loss = _bind(model, self.engine, verdict, loss)
+        self._whole = ModelLoss(model, shifted=verdict.shifted) if loss is None else partial(loss, model)
         self._partitioned = any(map(is_partitioned, model.parameters()))
         self._warned: set[object] = set()
 
@@ -57,14 +61,11 @@ class Prober:
             minus = self._run(step, index, batch, epsilon, Signs.MINUS, rows)
             return plus.mean(), minus.mean()
 
-    def probe(self, step: int, direction: int, batch: Batch, epsilon: float, microbatch: int = 0) -> ProbeResult:
-        """The probe at (step, direction, microbatch); its scalars are rounded to float32, as they travel."""
-        return ProbeResult.of_losses(
-            step, direction, microbatch, *self.losses(step, direction, batch, epsilon), epsilon
-        )
-
-    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Literal[1, -1]) -> float:
+    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Sign) -> float:
         """One of the two `losses` alone (float64), bit for bit; for probes of two forwards only.
+
+        Sign 0 is L(theta), whatever the direction: by the same kernels, so that what a difference is made of is rounded
+        alike.
 
         Raises:
             ModelError: both signs are in one forward on the proved path, whose losses have other last bits.
@@ -76,13 +77,18 @@ class Prober:
                 advice="set signs: sequential",
             )
         with torch.no_grad():
-            signs = Signs.PLUS if sign > 0 else Signs.MINUS
-            return self._run(step, direction, batch, epsilon, signs, len(batch["labels"])).mean()
+            signs = Signs.MINUS if sign < 0 else Signs.PLUS
+            return self._run(step, direction, batch, epsilon * abs(sign), signs, len(batch["labels"])).mean()
 
     def evaluate(self, batch: Batch) -> RowLosses:
         """Row losses at the unperturbed weights."""
         with torch.no_grad():
             return self._loss(batch, None)
+
+    def mean_loss(self, batch: Batch) -> torch.Tensor:
+        """L(theta), a float64 number, with whatever torch takes down to differentiate it: the head is in one piece."""
+        losses = self._whole(batch)
+        return losses.sums.sum() / losses.counts.sum()
 
     def _refuse_alone(self, batch: Batch, fault: NotBatchable) -> None:
         """Raises ModelError if other processes hold parts of the weights: they would wait for this forward's rest."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -12,13 +11,14 @@ from zoray.aggregate import ProbeResult
 from zoray.commits import Commit
 from zoray.digest import tensor_digest
 from zoray.directions import Directions
-from zoray.errors import NumericsError
+from zoray.errors import ConfigError, NumericsError
+from zoray.estimators import ESTIMATORS, Estimator, EstimatorName
 from zoray.layout import DirectionKind, make_layout, trainable_parameters
 from zoray.loss import Batch, LossFunction, RowLosses
 from zoray.memory import Memory, Resident
 from zoray.memory.base import Reader
 from zoray.partitioned import holds_buffers, is_partitioned, own_part
-from zoray.probe import Prober
+from zoray.probe import Prober, Sign
 from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
 
 _MASK = (1 << 64) - 1
@@ -41,6 +41,8 @@ class Replica:
         rank: r of the first kind.
         signs: both signs in one forward ("batched"), in two ("sequential"), or as proved on the first batch ("auto").
         head: the language-model head in slices of the vocabulary ("chunked"), whole ("full"), or as proved ("auto").
+        estimator: how a probe finds the slope along its direction: "spsa", "one_sided", "forward_gradient", "backprop"
+            (see `zoray.estimators`). All but the first have no two signs, and the last two need all weights here.
         loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
         memory: what holds the weights, made of the model and the run's directions. With `Streamed`, of
             `zoray.memory.streamed`, they are brought to the device block by block. With `Zero3`, of
@@ -49,6 +51,7 @@ class Replica:
 
     Raises:
         ModelError: nothing to train, or a parameter that cannot be trained.
+        ConfigError: the estimator does not go with the memory, or with `signs`.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Replica:
         rank: int = 1,
         signs: SignsChoice = "auto",
         head: HeadChoice = "auto",
+        estimator: EstimatorName = "spsa",
         loss: LossFunction | None = None,
         memory: Callable[[nn.Module, Directions], Memory] = Resident,
     ) -> None:
@@ -68,9 +72,19 @@ class Replica:
         self.directions = Directions(self.layout, run_seed)
         self.memory = memory(model, self.directions)
         self.step = 0
-        self._choices: tuple[SignsChoice, HeadChoice] = (signs, head)
+        self._choices: tuple[SignsChoice, HeadChoice] = (signs if estimator == "spsa" else "sequential", head)
         self._loss = loss
         self._prober: Prober | None = None
+        self._estimator: Estimator | None = None
+        self._kind = ESTIMATORS[estimator]
+        if estimator != "spsa" and signs == "batched":
+            raise ConfigError(f"Estimator {estimator} has no two signs for one forward.", where="signs")
+        if self._kind.differentiates and not isinstance(self.memory, Resident):
+            raise ConfigError(
+                f"Estimator {estimator} needs all weights in one place, and {type(self.memory).__name__} has not.",
+                where="estimator",
+                advice="use spsa or one_sided, or a resident replica",
+            )
 
     def prove(self, batch: Batch, epsilon: float = 1e-3) -> Verdict:
         """Find out on one batch which of the faster paths are right for this model (see `zoray.proof`).
@@ -85,6 +99,10 @@ class Replica:
                 self.model, self.directions, batch, rows, signs=signs, head=head, epsilon=epsilon, loss=self._loss
             )
         self._prober = Prober(self.model, self.directions, verdict, self._loss)
+        self._estimator = self._kind(self._prober)
+        if self._kind.differentiates:
+            # Whether the model can be differentiated, and in this memory, shows only when it is.
+            self._estimator.probe(0, 0, batch, epsilon)
         return verdict
 
     @property
@@ -98,16 +116,18 @@ class Replica:
         Args:
             step, direction, microbatch: the probe's address.
             batch: inputs of the model with `labels`, B rows.
-            epsilon: half the distance between the two evaluations.
+            epsilon: distance of the evaluations from the weights; estimators that differentiate do not use it.
         """
-        if self._prober is None:
+        if self._estimator is None:
             self.prove(batch, epsilon)
-        assert self._prober is not None
+        assert self._estimator is not None
         with self.memory.forwards():
-            return self._prober.probe(step, direction, batch, epsilon, microbatch)
+            return self._estimator.probe(step, direction, batch, epsilon, microbatch)
 
-    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Literal[1, -1]) -> float:
+    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Sign) -> float:
         """Mean loss (float64) at theta + sign epsilon z: half of a `probe` of two forwards (`signs` sequential).
+
+        With sign 0, at theta: half of a one-sided probe.
 
         Raises:
             ModelError: the replica's probes take one forward for both signs.
@@ -131,6 +151,8 @@ class Replica:
                 f"The replica is at step {self.step} and was given the commits of steps {[c.step for c in missing]}.",
                 advice="give it every commit, in order",
             )
+        if missing:
+            self._forget()
         self.memory.apply(missing)
         self.step += len(missing)
 
@@ -152,8 +174,13 @@ class Replica:
 
     def load(self, read: Reader, step: int) -> None:
         """Jump to the weights of a snapshot at `step`."""
+        self._forget()
         self.memory.load(read)
         self.step = step
+
+    def _forget(self) -> None:
+        if self._estimator is not None:
+            self._estimator.forget()
 
 
 def base_digest(model: nn.Module) -> int:

@@ -133,6 +133,19 @@ def test_split_signs_give_the_ledger_of_two_forwards(warm: None, inputs: Inputs,
     assert apart.ledger != whole.ledger
 
 
+def test_one_sided_probes_of_a_group(warm: None, inputs: Inputs, launch: Launch) -> None:
+    """In a group the loss at the weights is evaluated while others are evaluated beside them."""
+    keys: dict[str, Any] = {"estimator": "one_sided", "shared_batches": True, "replicas": 1, "max_steps": 3}
+    alone = launch(inputs.config(**keys))
+    with pytest.MonkeyPatch.context() as patch:
+        from actors.fleet import Fleet
+
+        patch.setattr("actors.roster.Fleet", Fleet)
+        group = launch(inputs.config(memory=ZERO3, **keys))
+    assert alone.finish.reason == group.finish.reason == "done"
+    assert (group.ledger, group.finish.digest) == (alone.ledger, alone.finish.digest)
+
+
 def test_a_group_without_room_is_refused_with_the_numbers(inputs: Inputs, launch: Launch) -> None:
     config = inputs.config(replicas=1, memory={"kind": "zero3", "shards": 64}, start_timeout=0.0)
     with pytest.raises(ResourceError, match="needs 64 CPU") as caught:

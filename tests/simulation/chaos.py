@@ -34,6 +34,11 @@ class Chaos:
     lone: bool
 
 
+def _probes(share: float) -> dict[str, bool]:
+    """What probes are made of, and in which order they are handed out."""
+    return {"split_signs": share < 0.25, "one_sided": 0.25 <= share < 0.5, "by_batch": 0.5 <= share < 0.6}
+
+
 def draw(rng: random.Random) -> tuple[Problem, Chaos, int]:
     """A problem, its faults and the number of replicas."""
     max_steps = rng.choice([0, 1, 4, 6, 8])
@@ -57,7 +62,7 @@ def draw(rng: random.Random) -> tuple[Problem, Chaos, int]:
         first_deadline=6.0,
         max_misses=4,
         short_probe=rng.choice([0.0, 3.0, 100.0]),
-        split_signs=rng.random() < 0.25,
+        **_probes(rng.random()),
     )
     broken_steps = range(0)
     if rng.random() < 0.15:

@@ -72,8 +72,9 @@ class Problem:
         address = (item.step * 7 + item.direction) * 3 + item.microbatch
         if item.step in self.broken_steps or (self.broken_every and address % self.broken_every == 0):
             plus = math.inf
-        if item.kind is not Kind.PROBE:
-            return SideLoss(plus if item.kind is Kind.PLUS else minus, 0.5, 0.5)
+        sides = {Kind.PLUS: plus, Kind.CENTRE: (plus + minus) / 2, Kind.MINUS: minus}
+        if item.kind in sides:
+            return SideLoss(sides[item.kind], 0.5, 0.5)
         both = ProbeResult.of_losses(item.step, item.direction, item.microbatch, plus, minus, epsilon)
         return ProbeScalars(both.projected_gradient, both.loss, 0.5, 1.0)
 
@@ -88,6 +89,16 @@ class Golden:
     reason: str = "done"
     ledger: bytes = b""
     sizes: list[int] = field(default_factory=list)
+
+
+def _probe(problem: Problem, weights: Weights, step: int, index: int, microbatch: int) -> ProbeResult:
+    if problem.settings.one_sided:
+        items = Item(Kind.PLUS, step, index, microbatch), Item(Kind.CENTRE, step, 0, microbatch)
+        plus, centre = (side.loss for item in items if isinstance(side := problem.run(weights, item), SideLoss))
+        return ProbeResult.of_one_side(step, index, microbatch, plus, centre, problem.settings.epsilon)
+    scalars = problem.run(weights, Item(Kind.PROBE, step, index, microbatch))
+    assert isinstance(scalars, ProbeScalars)
+    return ProbeResult(step, index, microbatch, scalars.projected_gradient, scalars.loss)
 
 
 def golden(problem: Problem) -> Golden:
@@ -108,9 +119,7 @@ def golden(problem: Problem) -> Golden:
         directions = state.width.directions if state.width else settings.directions
         for index in range(directions):
             for microbatch in range(settings.microbatches):
-                scalars = problem.run(weights, Item(Kind.PROBE, step, index, microbatch))
-                assert isinstance(scalars, ProbeScalars)
-                results.append(ProbeResult(step, index, microbatch, scalars.projected_gradient, scalars.loss))
+                results.append(_probe(problem, weights, step, index, microbatch))
         commit = aggregate(
             step, results, directions=directions, microbatches=settings.microbatches,
             learning_rate=settings.learning_rate(step), weight_decay=settings.weight_decay,

@@ -196,6 +196,7 @@ class Simulation:
         """What runs at the same time takes the same path, and no more than there are processes."""
         everything = (item, *beside)
         self.met["bundles"] += bool(beside)
+        self.met["losses at the weights"] += any(each.kind is Kind.CENTRE for each in everything)
         kinds = {Kind.PROBE if each.kind.probing else each.kind for each in everything}
         alone = len(everything) == 1 or kinds in ({Kind.PROBE}, {Kind.EVAL})
         fits = len(everything) == len(set(everything)) <= replica.width

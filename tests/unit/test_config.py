@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from zoray.config import RunConfig, TrainableLora, changed, dump, load, mathematics, schedule_needs_max_steps
+from zoray.config import (
+    DIFFERENTIATING,
+    EstimatorName,
+    RunConfig,
+    TrainableLora,
+    changed,
+    dump,
+    load,
+    mathematics,
+    schedule_needs_max_steps,
+    with_memory,
+)
 from zoray.config.docs import markdown
 from zoray.config.sections import (
     CausalLMTask,
@@ -178,6 +189,7 @@ def test_unknown_key_like_no_other_lists_the_keys(file: Path) -> None:
         ("optimizer={shaping: rank, normalize: second_moment}", ["no scale", "optimizer.shaping out"]),
         ("optimizer={max_directions: 64}", ["each on 1 microbatches", "Set microbatches to 2 or more"]),
         ("optimizer={momentum: 0.999}", ["reaches back 2995 steps", "Set optimizer.momentum_window to 255"]),
+        ("estimator=one-sided", ["estimator is 'one-sided'", "Did you mean one_sided?"]),
         ("split_signs=true", ["signs is auto", "Set signs to sequential"]),
         ("memory={kind: zero3, shards: 1, offload: nvme}", ["need a folder", "Give nvme_path"]),
         ("memory={kind: zero3, shards: 1, nvme_path: /fast}", ["but no files", "Give nvme_path"]),
@@ -216,12 +228,39 @@ def test_wrong_values(file: Path, override: str, words: list[str]) -> None:
         (["directions=66053", "direction.rank=2"], ["not below 2**24", "at most 66052"]),
         (["lr_scheduler_type=polynomial", "learning_rate=1e-7"], ["ends at 1e-07", "linear"]),
         (["learning_rate=1", "weight_decay=1"], ["not positive"]),
+        (["estimator=one_sided"], ["shared_batches is false", "Set shared_batches to true"]),
+        (["estimator=one_sided", "shared_batches=true", "signs=batched"], ["signs is batched", "Leave signs out"]),
+        (["estimator=forward_gradient", "signs=batched"], ["no two signs", "signs is batched"]),
+        (
+            ["estimator=one_sided", "shared_batches=true", "signs=sequential", "split_signs=true"],
+            ["one by one anyway", "Leave split_signs out"],
+        ),
+        (["estimator=backprop", "signs=sequential", "split_signs=true"], ["no two signs", "Leave split_signs out"]),
+        (["estimator=backprop", "head=chunked"], ["head in one piece", "Leave head out"]),
+        (["estimator=backprop", "memory={kind: streamed}"], ["all in one place", "memory.kind is streamed"]),
+        (["estimator=forward_gradient", "memory={kind: zero3, shards: 2}"], ["memory.kind is zero3", "one_sided"]),
     ],
 )
 def test_contradictions(file: Path, overrides: list[str], words: list[str]) -> None:
     message = refused(file, *overrides)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("estimator", get_args(EstimatorName))
+def test_estimators_and_what_goes_with_them(file: Path, estimator: str) -> None:
+    keys = [f"estimator={estimator}", "shared_batches=true", "signs=sequential", "head=full"]
+    config = load(file, keys)
+    assert config.proved_signs == "sequential" and mathematics(config)["estimator"] == estimator
+    assert load(file, keys[:2]).proved_signs == ("auto" if estimator == "spsa" else "sequential")
+    differentiating = estimator in DIFFERENTIATING
+    for memory in ("{kind: streamed}", "{kind: zero3, shards: 2}"):
+        if differentiating:
+            with pytest.raises(ConfigError, match="--memory"):
+                with_memory(config, memory)
+        else:
+            assert with_memory(config, memory).estimator == estimator
+    assert with_memory(config, "{kind: resident}") == config
 
 
 def test_the_largest_exact_sum_is_accepted(file: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_protocol import Driver, of, probe, settings
-from zoray.aggregate import ProbeResult
+from zoray.aggregate import ProbeResult, aggregate
 from zoray.protocol import (
     Action,
     Answer,
@@ -51,9 +51,16 @@ def losses(item: Item) -> tuple[float, float]:
     return base + 0.01 * (item.part + 1), base - 0.02 * item.part
 
 
+def centre(item: Item) -> float:
+    """The loss at the weights themselves."""
+    return 1.7 + 0.1 * item.microbatch
+
+
 def answer(run: Driver, name: str, item: Item) -> tuple[Action, ...]:
     plus, minus = losses(item)
     match item.kind:
+        case Kind.CENTRE:
+            return run.feed(Answer(name, item, SideLoss(centre(item), 0.0, 0.0)))
         case Kind.PROBE:
             both = ProbeResult.of_losses(item.step, item.part, item.microbatch, plus, minus, 1e-3)
             return run.feed(Answer(name, item, ProbeScalars(both.projected_gradient, both.loss, 0.0, 0.0)))
@@ -215,6 +222,92 @@ def test_the_ledger_is_the_same_whatever_the_assignment(
     run = Driver(settings(**keys, split_signs=split))
     started = [a for i, width in enumerate(widths) for a in join(run, f"r{i}", width)]
     assert commits(play(run, started)) == expected
+
+
+@given(
+    directions=st.integers(1, 5),
+    microbatches=st.integers(1, 3),
+    widths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+)
+def test_one_sided_probes_share_the_loss_at_the_weights(directions: int, microbatches: int, widths: list[int]) -> None:
+    """K M + M forwards, and the commits of probes that are made of them without any kernel."""
+    keys = {"directions": directions, "microbatches": microbatches}
+    run = Driver(settings(**keys, one_sided=True))
+    started = [a for i, width in enumerate(widths) for a in join(run, f"r{i}", width)]
+    assert len(run.state.work) == directions * microbatches + microbatches
+    found, previous = commits(play(run, started)), bytes(32)
+    for step, record in enumerate(found):
+        grid = [Item(Kind.PLUS, step, k, m) for k in range(directions) for m in range(microbatches)]
+        probes = [ProbeResult.of_one_side(step, i.part, i.microbatch, losses(i)[0], centre(i), 1e-3) for i in grid]
+        expected = aggregate(step, probes, **keys, learning_rate=0.1, previous=previous).commit
+        assert record == expected.encode()
+        previous = expected.hash
+
+
+def test_the_loss_at_the_weights_runs_beside_those_of_a_side_and_comes_first() -> None:
+    run = Driver(settings(directions=2, microbatches=2, one_sided=True))
+    (first,) = join(run, "a", 8)
+    assert [(i.kind.name, i.part, i.microbatch) for i in everything(first)] == [
+        ("CENTRE", 0, 0), ("CENTRE", 0, 1), ("PLUS", 0, 0), ("PLUS", 0, 1), ("PLUS", 1, 0), ("PLUS", 1, 1),
+    ]  # fmt: skip
+    assert str(first.item) == "centre of step 0, microbatch 0"
+
+
+def test_a_loss_at_the_weights_that_is_not_finite_leaves_all_its_directions_out() -> None:
+    run = Driver(settings(directions=2, one_sided=True))
+    (assign,) = join(run, "a", 3)
+    actions: tuple[Action, ...] = ()
+    for item in everything(assign):
+        loss = float("nan") if item.kind is Kind.CENTRE else 1.0
+        actions = run.feed(Answer("a", item, SideLoss(loss, 0.0, 0.0)))
+    (commit,) = of(AppendCommit, actions)
+    assert not commit.commit.applied
+
+
+def test_a_lost_loss_at_the_weights_is_given_again() -> None:
+    run = Driver(settings(directions=1, one_sided=True))
+    join(run, "a", 1), join(run, "b", 1)
+    assert run.state.members["a"].item == Item(Kind.CENTRE, 0)
+    assert not of(AppendCommit, answer(run, "b", Item(Kind.PLUS, 0)))
+    assert [a.item for a in of(Assign, run.feed(ReplicaLost("a", "killed")))] == [Item(Kind.CENTRE, 0)]
+    assert of(AppendCommit, answer(run, "b", Item(Kind.CENTRE, 0)))
+
+
+def test_evaluations_of_a_kind_that_was_not_timed_yet_are_as_late_as_the_others() -> None:
+    """In a bundle the answer that comes last is timed, which that at the weights never is."""
+    run = Driver(settings(directions=1, one_sided=True, first_deadline=100.0))
+    join(run, "a", 1), join(run, "b", 1)
+    run.now = 2.0
+    answer(run, "b", Item(Kind.PLUS, 0))
+    assert not of(Assign, run.feed(Tick(), now=3.9))
+    assert [a.item.kind for a in of(Assign, run.feed(Tick(), now=4.1))] == [Kind.CENTRE]
+
+
+def test_probes_that_have_something_in_common_are_handed_out_batch_by_batch() -> None:
+    keys = {"directions": 3, "microbatches": 2}
+    orders = {}
+    for by_batch in (False, True):
+        run = Driver(settings(**keys, by_batch=by_batch))
+        (first,) = join(run, "a", 6)
+        orders[by_batch] = [(item.part, item.microbatch) for item in everything(first)]
+        orders[str(by_batch)] = commits(play(run, [first]))
+    assert orders[True] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+    assert sorted(orders[False]) == sorted(orders[True]) and orders[False] != orders[True]
+    assert orders["False"] == orders["True"]
+
+
+@pytest.mark.parametrize("by_batch", [True, False])
+def test_short_probes_do_not_make_the_long_ones_late(by_batch: bool) -> None:
+    """The first probe of a batch takes its gradient, 40 s, and the 39 after it 0.1 s each."""
+    run = Driver(settings(directions=40, max_steps=2, by_batch=by_batch))
+    assigned = join(run, "a", 1)
+    for k in range(40):
+        run.now += 40.0 if k == 0 else 0.1
+        actions = answer(run, "a", probe(0, k))
+    (commit,) = of(AppendCommit, actions)
+    assigned = of(Assign, run.feed(CommitDurable(commit.commit.step)))
+    run.feed(Tick(), now=run.now + 50)
+    assert assigned[0].item == probe(1, 0) and (run.state.counters.overdue == 0) == by_batch
 
 
 @pytest.mark.parametrize("name", ["plus", "minus"])

@@ -29,6 +29,7 @@ LAYERS = (
     {"strays"},
     {"proof"},
     {"probe"},
+    {"estimators"},
     {"memory"},
     {"replica"},
     {"protocol"},

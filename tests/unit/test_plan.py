@@ -20,7 +20,7 @@ from tests.unit.run_builder import write_config
 from tests.unit.test_architectures import MODELS
 from tests.unit.test_cli import Zoray, zoray
 from zoray import product
-from zoray.config import MemoryConfig, RunConfig, load
+from zoray.config import DIFFERENTIATING, MemoryConfig, RunConfig, load
 from zoray.errors import ConfigError, ModelError
 from zoray.models import blank_model, load_model
 from zoray.planning import Fit, Machine, Need, Place, Plan, Planner, Work, measure, needs, storage
@@ -108,10 +108,10 @@ def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Ve
     """Peaks of a real replica's work."""
     rows, width = config.per_direction_batch_size, config.task.max_length
     model, kind = load_model(config, num_labels=num_labels), config.direction.kind
-    replica = Replica(model, direction=kind, signs=config.signs, head=config.head)
+    replica = Replica(model, direction=kind, signs=config.signs, head=config.head, estimator=config.estimator)
 
-    def batch(count: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(3, 90, (count, width), generator=torch.Generator().manual_seed(1))
+    def batch(count: int, seed: int = 1) -> dict[str, torch.Tensor]:
+        ids = torch.randint(3, 90, (count, width), generator=torch.Generator().manual_seed(seed))
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
         if num_labels is not None:
             found["attention_mask"][0, -3:] = 0
@@ -120,7 +120,7 @@ def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Ve
 
     work: dict[str, Callable[[], Any]] = {
         "proof of the fast paths": lambda: replica.prove(batch(rows)),
-        "probe": lambda: replica.probe(0, 0, batch(rows), 1e-3),
+        "probe": lambda: replica.probe(0, 0, batch(rows, 2), 1e-3),
         "evaluation": lambda: replica.evaluate(batch(config.per_device_eval_batch_size)),
         "digest": replica.digest,
     }
@@ -155,6 +155,11 @@ KEYS: list[dict[str, Any]] = [
     {"direction": {"kind": "rademacher"}},
     {"direction": {"kind": "gaussian"}},
     {"attn_implementation": "eager"},
+    {"estimator": "one_sided", "shared_batches": True},
+    {"estimator": "forward_gradient"},
+    {"estimator": "forward_gradient", "dtype": "bfloat16", "direction": {"kind": "rademacher"}},
+    {"estimator": "backprop"},
+    {"estimator": "backprop", "dtype": "bfloat16"},
 ]
 
 
@@ -349,6 +354,23 @@ def test_of_smaller_batches_the_largest_that_fits_is_named(gpt2: Path) -> None:
     half = planner.plan(per_direction_batch_size=32).need.host.peak
     found = [change.keys for change in planner.changes(Machine(half)) if "per_direction_batch_size" in change.keys]
     assert found == [{"per_direction_batch_size": 32}]
+
+
+def test_where_derivatives_do_not_fit_differences_are_named(gpt2: Path) -> None:
+    keys = {"gpus_per_replica": 1, "estimator": "forward_gradient", "per_direction_batch_size": 64}
+    planner = Planner(config_of(gpt2, **keys))
+    device, plain = planner.plan().need.device.peak, planner.plan(estimator="spsa").need.device.peak
+    assert plain < device
+    assert planner.changes(Machine(64 * GIB, (device + plain) // 2, 1))[0].keys == {"estimator": "spsa"}
+
+
+@pytest.mark.parametrize("estimator", DIFFERENTIATING)
+def test_weights_are_put_elsewhere_only_for_differences(gpt2: Path, estimator: str) -> None:
+    planner = Planner(config_of(gpt2, gpus_per_replica=1, estimator=estimator, per_direction_batch_size=64))
+    room = planner.plan(estimator="spsa", memory={"kind": "streamed"}).need.device.peak
+    found = planner.changes(Machine(64 * GIB, room, 1))
+    assert any("memory" in change.keys for change in found)
+    assert all(change.keys.get("estimator") == "spsa" for change in found if "memory" in change.keys)
 
 
 # ---- the command ----

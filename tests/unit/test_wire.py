@@ -37,6 +37,7 @@ PAYLOADS = {
     Kind.DIGEST: st.builds(DigestValue, st.integers(0, 2**128 - 1)),
     Kind.PLUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
     Kind.MINUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
+    Kind.CENTRE: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
 }
 answers = items.flatmap(lambda item: st.builds(Answer, st.just("r1"), st.just(item), PAYLOADS[item.kind]))
 refusals = st.builds(Refused, st.just("r1"), items, st.integers(0, 2**64 - 1), st.text(max_size=50))

@@ -7,6 +7,7 @@ keys in which two configurations describe a different computation.
 from __future__ import annotations
 
 from zoray.config.compare import changed, mathematics, schedule_needs_max_steps
+from zoray.config.estimator import DIFFERENTIATING, EstimatorName
 from zoray.config.load import dump, load, with_memory
 from zoray.config.optimizer import OptimizerConfig
 from zoray.config.schema import RunConfig, TrackerName
@@ -24,9 +25,11 @@ from zoray.config.sections import (
 )
 
 __all__ = [
+    "DIFFERENTIATING",
     "CausalLMTask",
     "ClassificationTask",
     "DirectionConfig",
+    "EstimatorName",
     "LoraConfig",
     "MemoryConfig",
     "OptimizerConfig",

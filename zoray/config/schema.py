@@ -9,6 +9,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, mode
 from typing_extensions import Self
 
 from zoray.commits import MOST_RUNS
+from zoray.config.estimator import EstimatorName, check_estimator
 from zoray.config.optimizer import OptimizerConfig
 from zoray.config.sections import (
     DirectionConfig,
@@ -117,7 +118,19 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = key(
         OptimizerConfig(), "What is made of a step's projected gradients.", mathematics=True
     )
-    epsilon: float = key(1e-3, "Distance of the two evaluations of a probe from the weights.", mathematics=True, gt=0)
+    estimator: EstimatorName = key(
+        "spsa",
+        "How a probe finds the slope along its direction. `spsa`: from the losses on both sides of the weights. "
+        "`one_sided`: from the loss on one side and that at the weights, which all directions of a step share "
+        "(`shared_batches`): K + 1 forwards of a batch in place of 2 K. `forward_gradient`: exactly, by forward-mode "
+        "differentiation. `backprop`: exactly, from the gradient, for replicas with memory to spare.",
+        mathematics=True,
+    )
+    epsilon: float = key(
+        1e-3,
+        "Distance of the evaluations of a probe from the weights; estimators that differentiate have none.",
+        mathematics=True, gt=0,
+    )  # fmt: skip
     direction: DirectionConfig = key(DirectionConfig(), "How directions are drawn.", mathematics=True)
     signs: Literal["auto", "batched", "sequential"] = key(
         "auto",
@@ -223,6 +236,11 @@ class RunConfig(Section):
     )
 
     @property
+    def proved_signs(self) -> Literal["auto", "batched", "sequential"]:
+        """What is to be proved of `signs`: only two-sided probes have two, which one forward may have."""
+        return self.signs if self.estimator == "spsa" else "sequential"
+
+    @property
     def replica_limits(self) -> tuple[int, int | None, int]:
         """Fewest replicas, most (None: no limit), and how many to begin with."""
         if isinstance(self.replicas, ReplicaRange):
@@ -315,6 +333,11 @@ class RunConfig(Section):
             )
         if self.eval_steps is not None and self.task.eval is None:
             raise fault("eval_steps", "eval_steps is given, but task.eval is not.", "Name held-out data in task.eval.")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_needs(self) -> Self:
+        check_estimator(self)
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ import re
 import psutil
 import torch
 
-from zoray.config import ResidentMemory, RunConfig, Zero3Memory
+from zoray.config import DIFFERENTIATING, ResidentMemory, RunConfig, Zero3Memory
 from zoray.errors import ResourceError
 
 _GIB = 2**30
@@ -52,22 +52,30 @@ def _asked(error: BaseException) -> str:
 
 def _knobs(config: RunConfig, batched: bool | None) -> list[str]:
     """What would need less, what costs least first."""
-    memory, sharded = config.memory, isinstance(config.memory, Zero3Memory)
-    offload = "none" if isinstance(memory, ResidentMemory) else memory.offload
-    kind = f"kind: zero3, shards: {config.shards}" if config.shards > 1 else "kind: streamed"
     knobs = []
     if batched:
         knobs.append("set signs: sequential in a new run (half the activations)")
     if batched is not None:
         knobs.append(f"a smaller per_direction_batch_size than {config.per_direction_batch_size} in a new run")
-    shards = config.shards * 2
-    knobs.append(f"memory: {{kind: zero3, shards: {shards}}} (a {shards}th of the weights in each process)")
-    if config.gpus_per_replica > 0 and offload == "none":
-        knobs.append(f"memory: {{{kind}, offload: cpu}} (weights in the host's memory)")
-    elif offload != "nvme":
-        knobs.append(f"memory: {{{kind}, offload: nvme, nvme_path: ...}} (in files)")
-    if not sharded:
+    if config.estimator in DIFFERENTIATING:
+        knobs.append("estimator: spsa in a new run (no derivatives, and weights may be elsewhere)")
+    else:
+        knobs += _places(config)
+    if not isinstance(config.memory, Zero3Memory):
         knobs.append("fewer replicas on a machine")
     if config.dtype == "float32":
         knobs.append("dtype: bfloat16 in a new run")
     return knobs
+
+
+def _places(config: RunConfig) -> list[str]:
+    """Where weights could be in place of where they are."""
+    memory, shards = config.memory, config.shards * 2
+    offload = "none" if isinstance(memory, ResidentMemory) else memory.offload
+    kind = f"kind: zero3, shards: {config.shards}" if config.shards > 1 else "kind: streamed"
+    places = [f"memory: {{kind: zero3, shards: {shards}}} (a {shards}th of the weights in each process)"]
+    if config.gpus_per_replica > 0 and offload == "none":
+        places.append(f"memory: {{{kind}, offload: cpu}} (weights in the host's memory)")
+    elif offload != "nvme":
+        places.append(f"memory: {{{kind}, offload: nvme, nvme_path: ...}} (in files)")
+    return places

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from zoray.config import RunConfig, StreamedMemory, Zero3Memory
+from zoray.config import DIFFERENTIATING, RunConfig, StreamedMemory, Zero3Memory
 from zoray.errors import ModelError
 from zoray.planning.needs import Need, needs
 from zoray.planning.work import Work, measure
@@ -138,6 +138,10 @@ class Planner:
         if self.config.gpus_per_replica and not machine.devices:
             return []
         memories, batches = list(self._memories(machine)), list(self._batches())
+        if self.config.estimator in DIFFERENTIATING:
+            # Derivatives take memory, and need all weights in one place.
+            differences = {"estimator": "spsa"}
+            memories = [differences, *({**differences, **memory} for memory in memories)]
         found = [self._first(memories, machine), self._first(batches, machine)]
         if self.config.dtype == "float32":
             found.append(self._first([{"dtype": "bfloat16"}], machine))
@@ -191,7 +195,7 @@ class Planner:
 
         if at_most(rows):
             yield at_most(rows)
-        signs = {} if self.config.signs == "sequential" else {"signs": "sequential"}
+        signs = {} if self.config.proved_signs == "sequential" else {"signs": "sequential"}
         if signs:
             yield {**signs, **at_most(rows)}
         while rows > 1:

@@ -15,6 +15,7 @@ from zoray.commits import seal
 from zoray.config import CausalLMTask, RunConfig
 from zoray.digest import tensor_digest
 from zoray.errors import ModelError, ZorayError
+from zoray.estimators import ESTIMATORS
 from zoray.layout import Layout, ParamSpec, make_layout, trainable_parameters
 from zoray.memory.units import make_plan
 from zoray.models import blank_model, check_lengths
@@ -137,12 +138,22 @@ def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections,
         batch, held_out = (_batch(config, count) for count in (rows, config.per_device_eval_batch_size))
 
     def proof() -> None:
-        made = prove(model, directions, batch, rows, signs=config.signs, head=config.head, epsilon=config.epsilon)
+        made = prove(
+            model, directions, batch, rows, signs=config.proved_signs, head=config.head, epsilon=config.epsilon
+        )
         found.append(made)
 
     counter.count("proof of the fast paths", proof, batch.values())
     prober = Prober(model, directions, found[0])
-    counter.count("probe", lambda: prober.losses(0, 0, batch, config.epsilon), batch.values())
+    estimator = ESTIMATORS[config.estimator](prober)
+
+    def probe() -> None:
+        estimator.probe(0, 0, batch, config.epsilon)
+
+    counter.count("probe", probe, batch.values())
+    if estimator.differentiates:
+        # A proof ends with one.
+        counter.count("proof of the fast paths", probe, batch.values())
     if config.task.eval is not None:
         counter.count("evaluation", lambda: prober.evaluate(held_out), held_out.values())
     return found[0]

@@ -43,8 +43,12 @@ def _left(state: State) -> int:
 
 def _usual(state: State) -> float:
     """Seconds a probe usually takes; infinitely many while nothing is known."""
-    known = [seconds for kind in Kind if kind.probing for seconds in state.durations.get(kind, ())]
-    return median(known or (math.inf,))
+    return median(_probing(state) or (math.inf,))
+
+
+def _probing(state: State) -> tuple[float, ...]:
+    """How long probes took, or the evaluations that make them, which are all alike."""
+    return tuple(seconds for kind in Kind if kind.probing for seconds in state.durations.get(kind, ()))
 
 
 def _worth_a_line(state: State) -> bool:
@@ -209,13 +213,19 @@ def release(
 
 
 def observe(state: State, kind: Kind, seconds: float) -> None:
-    """Remember how long an item of this kind took, queueing and applying commits included."""
-    state.durations[kind] = (*state.durations.get(kind, ())[-RECENT + 1 :], seconds)
+    """Remember how long an item of this kind took, queueing and applying commits included.
+
+    A probe that found done what others must do themselves says nothing of how long those may take.
+    """
+    known = state.durations.get(kind, ())
+    if state.settings.by_batch and kind.probing and known and 2 * seconds < max(known):
+        return
+    state.durations[kind] = (*known[-RECENT + 1 :], seconds)
 
 
 def deadline(state: State, kind: Kind) -> float:
     """Seconds after which an item of this kind is late."""
-    recent, settings = state.durations.get(kind), state.settings
+    recent, settings = state.durations.get(kind) or (_probing(state) if kind.probing else ()), state.settings
     least = settings.snapshot_patience if kind is Kind.SNAPSHOT else 0.0
     if not recent:
         return max(settings.first_deadline, least)

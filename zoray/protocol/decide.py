@@ -56,16 +56,19 @@ def decide(state: State, now: float, actions: list[Action]) -> None:
 
 
 def _probes(state: State) -> list[ProbeResult]:
-    """The step's probes, those whose signs were split put together."""
+    """The step's probes, those of two evaluations put together."""
     found: list[ProbeResult] = []
+    one_sided = state.settings.one_sided
+    put_together = ProbeResult.of_one_side if one_sided else ProbeResult.of_losses
     for item, result in state.results.items():
         payload, address = result.payload, (item.step, item.direction, item.microbatch)
         if isinstance(payload, ProbeScalars):
             found.append(ProbeResult(*address, payload.projected_gradient, payload.loss))
         elif isinstance(payload, SideLoss) and item.kind is Kind.PLUS:
-            other = state.results[item._replace(kind=Kind.MINUS)].payload
+            beside = item._replace(kind=Kind.CENTRE, part=0) if one_sided else item._replace(kind=Kind.MINUS)
+            other = state.results[beside].payload
             assert isinstance(other, SideLoss)
-            found.append(ProbeResult.of_losses(*address, payload.loss, other.loss, state.settings.epsilon))
+            found.append(put_together(*address, payload.loss, other.loss, state.settings.epsilon))
     return found
 
 

@@ -28,18 +28,22 @@ class Kind(IntEnum):
     DIGEST = 3
     PLUS = 4
     MINUS = 5
+    CENTRE = 6
 
     @property
     def probing(self) -> bool:
-        """Whether it is a probe, or one of the two evaluations of a probe whose signs are split."""
+        """Whether it is a probe, or one of the two evaluations that make one."""
         return self in _PROBING
 
 
-_PROBING = frozenset((Kind.PROBE, Kind.PLUS, Kind.MINUS))
+_PROBING = frozenset((Kind.PROBE, Kind.PLUS, Kind.MINUS, Kind.CENTRE))
 
 
 class Item(NamedTuple):
-    """One unit of work. `part` is the direction of a probe or the shard of an evaluation, else 0."""
+    """One unit of work. `part` is the direction of a probe or the shard of an evaluation, else 0.
+
+    The evaluation of a microbatch at the weights themselves (CENTRE) is all directions', and its part is 0.
+    """
 
     kind: Kind
     step: int
@@ -58,6 +62,8 @@ class Item(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{self.kind.name.lower()} of step {self.step}"
+        if self.kind is Kind.CENTRE:
+            return f"{text}, microbatch {self.microbatch}"
         if self.kind.probing:
             return f"{text}, direction {self.direction}, microbatch {self.microbatch}"
         return f"{text}, shard {self.shard}" if self.kind is Kind.EVAL else text
@@ -75,7 +81,7 @@ class ProbeScalars:
 
 @dataclass(frozen=True, slots=True)
 class SideLoss:
-    """Result of one evaluation of a probe whose signs are split: the mean loss (float64) at theta + or - epsilon z."""
+    """Result of one evaluation of a probe: the mean loss (float64) at theta + or - epsilon z, or at theta."""
 
     loss: float
     apply_seconds: float
@@ -107,6 +113,7 @@ PAYLOAD_TYPE: dict[Kind, type[Payload]] = {
     Kind.DIGEST: DigestValue,
     Kind.PLUS: SideLoss,
     Kind.MINUS: SideLoss,
+    Kind.CENTRE: SideLoss,
 }
 
 

@@ -42,7 +42,11 @@ class Settings:
         max_misses: after this many unanswered, refused or failed assignments in a row the replica is released.
         max_failures: an item that raised this often, and on every live replica, ends the run.
         split_signs: the two evaluations of a probe are items of their own, which different replicas may run.
-        epsilon: half the distance between them.
+        one_sided: a probe is the evaluation on one side of the weights beside that at the weights, an item of its own,
+            which all directions share.
+        epsilon: distance of the evaluations on a side from the weights.
+        by_batch: what a replica found out for a probe serves it for those of other directions on the same batch, which
+            then take a fraction of the time: they are handed out one behind the other.
         short_probe: where a probe usually takes no longer, a replica has another one in line while it runs one, so
             that it need not wait for a round trip; 0: never.
 
@@ -75,6 +79,8 @@ class Settings:
     max_misses: int = 5
     max_failures: int = 3
     split_signs: bool = False
+    one_sided: bool = False
+    by_batch: bool = False
     epsilon: float = 1e-3
     short_probe: float = 0.1
 
@@ -241,9 +247,7 @@ def open_step(state: State, now: float) -> None:
             state.replay = 0.0
             items.append(Item(Kind.SNAPSHOT, step))
     if not closing:
-        addresses = ((k, m) for k in range(state.directions) for m in range(settings.microbatches))
-        kinds = (Kind.PLUS, Kind.MINUS) if settings.split_signs else (Kind.PROBE,)
-        items += [Item(kind, step, direction, microbatch) for direction, microbatch in addresses for kind in kinds]
+        items += _probing(state)
     state.phase = Phase.CLOSING if closing else Phase.PROBING
     saving = any(item.kind is Kind.SNAPSHOT for item in items)
     state.thorough = closing or _compares(state, now, saving)
@@ -254,6 +258,19 @@ def open_step(state: State, now: float) -> None:
     state.queue, state.work, state.cursor, state.again = tuple(items), frozenset(items), 0, ()
     state.missing = sum(counts(state, item) for item in items)
     state.results, state.digests, state.failures, state.flights = {}, {}, {}, {}
+
+
+def _probing(state: State) -> list[Item]:
+    """What a step's probes are made of, in the order in which it is handed out."""
+    settings, step = state.settings, state.step
+    directions, batches = range(state.directions), range(settings.microbatches)
+    if settings.one_sided:
+        centres = [Item(Kind.CENTRE, step, 0, m) for m in batches]
+        return [*centres, *(Item(Kind.PLUS, step, k, m) for k in directions for m in batches)]
+    if settings.by_batch:
+        return [Item(Kind.PROBE, step, k, m) for m in batches for k in directions]
+    kinds = (Kind.PLUS, Kind.MINUS) if settings.split_signs else (Kind.PROBE,)
+    return [Item(kind, step, k, m) for k in directions for m in batches for kind in kinds]
 
 
 def _saves(state: State) -> bool:

@@ -3,7 +3,7 @@
     request:  u8 kind | u64 step | u32 part | u16 microbatch | records of the commits that the replica lacks
     answer:   u8 kind + 16 * outcome | u64 step | u32 part | u16 microbatch | outcome
         answered (0)  probe: f32 projected gradient, f32 loss, f32 seconds of applying, f32 seconds of the probe
-                      one sign of a probe: f64 loss, f32 seconds of applying, f32 seconds of the evaluation
+                      one evaluation of a probe: f64 loss, f32 seconds of applying, f32 seconds of the evaluation
                       evaluation: f64 sum of losses, f64 sum of squares, u32 count, u32 correct
                       snapshot, digest: u128 digest
         refused (1)   u64 step held, reason in UTF-8
