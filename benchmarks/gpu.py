@@ -349,8 +349,8 @@ def figures(out: Path) -> tuple[list[Row], str]:
         path = out / f"{part.name}.json"
         facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if "times" not in facts:
-            reason = facts.get("fault", "not run").strip().splitlines()[-1] if facts else "not run"
-            rows.append(Row(f"{part.shape}, {part.memory}", reason, "reported", None))
+            reason = facts.get("fault", "ended before anything was timed") if facts else "not run"
+            rows.append(Row(f"{part.shape}, {part.memory}", reason.strip().splitlines()[-1], "reported", None))
             continue
         where = str(facts["device"])
         rows += _resident_rows(part, facts) if part.memory == "resident" else _streamed_rows(part, facts)
@@ -365,7 +365,7 @@ def _title(part: Part, facts: dict[str, Any]) -> str:
 
 
 def _medians(facts: dict[str, Any]) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in facts["times"].items()}
+    return {name: statistics.median(values) for name, values in facts["times"].items() if values}
 
 
 def _resident_rows(part: Part, facts: dict[str, Any]) -> list[Row]:
@@ -398,8 +398,8 @@ def _resident_rows(part: Part, facts: dict[str, Any]) -> list[Row]:
 def _streamed_rows(part: Part, facts: dict[str, Any]) -> list[Row]:
     title, at = _title(part, facts), _medians(facts)
     if "bandwidth" not in facts:
-        times = f"{at['step'] * 1e3:,.0f} ms, {at['probe'] * 1e3:,.0f} ms"
-        return [Row(f"{title}: step of 1 direction, probe", times, "reported", None)]
+        times = ", ".join(f"{name} {took * 1e3:,.0f} ms" for name, took in at.items())
+        return [Row(f"{title}: probe, step of 1 direction", times, "reported", None)]
     size = 2 * facts["weights"]
     once = size / facts["bandwidth"]["in"]
     both = once + size / facts["bandwidth"]["out"]
@@ -411,16 +411,15 @@ def _streamed_rows(part: Part, facts: dict[str, Any]) -> list[Row]:
             f"{at['probe'] / once:.3f}; {at['probe'] * 1e3:,.0f} ms / {once * 1e3:,.0f} ms; {rate:,.0f} tokens/s",
             target,
             at["probe"] <= 1.1 * once if part.memory == "cpu" else None,
-        ),
-        Row(
-            f"{title}: step of 1 direction / streaming all weights in and back",
-            f"{at['step'] / both:.3f}; {at['step'] * 1e3:,.0f} ms / {both * 1e3:,.0f} ms; "
-            f"{at['step'] / once:.3f} of streaming them in",
-            target,
-            at["step"] <= 1.1 * both if part.memory == "cpu" else None,
-        ),
+        )
     ]
-    most = max(facts[f"{name}_{kind}"] for name in ("probe", "step", "first") for kind in ("allocated", "reserved"))
+    if "step" in at:
+        figure = f"{title}: step of 1 direction / streaming all weights in and back"
+        text = f"{at['step'] / both:.3f}; {at['step'] * 1e3:,.0f} ms / {both * 1e3:,.0f} ms; "
+        text += f"{at['step'] / once:.3f} of streaming them in"
+        rows.append(Row(figure, text, target, at["step"] <= 1.1 * both if part.memory == "cpu" else None))
+    names = [f"{name}_{kind}" for name in ("first", "probe", "step") for kind in ("allocated", "reserved")]
+    most = max(facts[name] for name in names if name in facts)
     large = part.shape == "opt-66b"
     met = most <= 18 * GIB if large else None
     rows.append(Row(f"{title}: peak device memory", f"{most / GIB:.1f} GiB", "≤ 18 GiB" if large else "reported", met))
