@@ -164,9 +164,9 @@ def loading(folder: Path) -> None:
         found = measure("load", folder, size)
         text = f"{found['peak'] / weights:.3f}; {found['peak']:,.1f} MiB / {weights:,.1f} MiB, and {found['kept']:,.1f}"
         text += f" MiB once it is loaded; a layer {layer:,.1f} MiB, the largest module {module:,.1f} MiB"
-        figure = f"peak of loading a deep model, one of {size} shards / all weights"
+        figure = f"peak of loading a deep model, one of {size} processes / all weights"
         if size == 1:
-            rows.append(Row(figure, text, "reported", None))
+            rows.append(Row(figure.replace("processes", "process"), text, "reported", None))
             continue
         most = 1 / size + layer / weights
         rows.append(Row(figure, text, f"≤ 1/{size} + one layer = {most:.3f}", found["peak"] <= most * weights))
