@@ -109,15 +109,16 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip() or "unknown"
 
 
-def write_section(key: str, title: str, command: str, rows: list[Row]) -> None:
+def write_section(key: str, title: str, command: str, rows: list[Row], origin: str | None = None) -> None:
     """Replace one section of RESULTS.md, and print it.
 
     Args:
         key: name of the section's markers in the page.
         command: what ran, without its options: those this process was given are added.
+        origin: the machine, if it was another one than this.
     """
     command = " ".join([command, *sys.argv[1:]])
-    lines = [f"## {title}", "", f"`{command}`, {date.today()}, commit {commit()}", "", machine(), ""]
+    lines = [f"## {title}", "", f"`{command}`, {date.today()}, commit {commit()}", "", origin or machine(), ""]
     lines += ["| figure | measured | target | |", "|---|---|---|---|"]
     verdict = {True: "met", False: "**missed**", None: ""}
     lines += [f"| {row.figure} | {row.value} | {row.target} | {verdict[row.met]} |" for row in rows]

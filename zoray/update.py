@@ -25,6 +25,9 @@ from zoray.rounding import rounding_key, stochastic_round
 BLOCK_ELEMENTS = 1 << 19
 """Weights updated at a time: the block and its int32 sum stay in cache, also over a whole group of commits."""
 
+DEVICE_BLOCK_ELEMENTS = 1 << 23
+"""The same on an accelerator, where starting the kernels for a small block takes longer than they do."""
+
 Signs = npt.NDArray[np.int8]
 _Outer = tuple[torch.Tensor, torch.Tensor]
 
@@ -47,7 +50,7 @@ class Shard:
 
 
 def apply_commits(
-    directions: Directions, shards: Iterable[Shard], commits: Sequence[Commit], block_elements: int = BLOCK_ELEMENTS
+    directions: Directions, shards: Iterable[Shard], commits: Sequence[Commit], block_elements: int | None = None
 ) -> None:
     """Apply commits in order, in place: parameter by parameter, all commits of a group for one block at a time.
 
@@ -56,7 +59,7 @@ def apply_commits(
         shards: the weights this process holds, gone through once for each group of commits; float32, bfloat16 or
             float16.
         commits: consecutive commits, the first being the one after the weights' step.
-        block_elements: weights per block; any value gives the same bits.
+        block_elements: weights per block, by default as suits the device; any value gives the same bits.
     """
     with torch.no_grad():
         for group in groups_of(commits, directions):
@@ -109,11 +112,13 @@ class Group:
         fits = len(self.addresses) * total <= _PACKED_BYTES and directions.layout.kind == "rank"
         self._packed = directions.read(self.addresses, 0, total) if fits else None
 
-    def apply(self, shard: Shard, block_elements: int = BLOCK_ELEMENTS) -> None:
+    def apply(self, shard: Shard, block_elements: int | None = None) -> None:
         """Apply all commits of the group to a shard, block by block and in place; no gradients may be recorded."""
         if not self.commits:
             return
         spec, device = shard.spec, shard.values.device
+        if block_elements is None:
+            block_elements = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
         etas = [float(np.float32(commit.eta) * rank_scale(spec)) for commit in self.commits]
         if self.directions.layout.kind == "gaussian":
             for block in _blocks(shard, block_elements):

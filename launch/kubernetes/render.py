@@ -18,7 +18,7 @@ from launch.kubernetes.rules import MAX_NAME, violations
 from launch.preflight import count_weights, host_bytes
 from zoray import __version__
 from zoray.config import RunConfig, load
-from zoray.errors import ConfigError
+from zoray.errors import ConfigError, ZorayError
 from zoray.stores import is_uri
 
 _RAY_PORTS = {6379: "GCS", 8080: "metrics", 8265: "dashboard", 10001: "client", 52365: "agent"}
@@ -43,11 +43,12 @@ def render(config_path: str, overrides: list[str], **settings: Any) -> None:
     _check_settings(cluster)
     _check_config(config, cluster)
     name = job_name(config, config_path)
+    warnings = _planned(config, cluster)
     config, notes = placed(config, config_path)
     made = objects(name, config.model_copy(update={"run_name": name}), cluster)
     if faults := violations(made[-1]):
         raise ConfigError(f"KubeRay would refuse the RayJob: {'; '.join(faults)}.", where=config_path)
-    for note in notes:
+    for note in warnings + notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"# The run {name}, made by `zoray render` {__version__} for Ray {cluster.ray}.")
     print(f"#   kubectl apply -f FILE; kubectl logs -n {cluster.namespace} -f job/{name}")
@@ -187,9 +188,7 @@ def _check_config(config: RunConfig, cluster: Cluster) -> None:
             advice=f"leave it out: {METRICS_PORT} is taken then",
         )
     weights = count_weights(Path(config.model))
-    match = _QUANTITY.fullmatch(cluster.memory)
-    assert match is not None
-    memory = int(match[1]) * _UNITS[match[2] or ""]
+    memory = _amount(cluster.memory)
     size, processes = host_bytes(config, weights or 0), host_bytes(config, 0)
     if size > memory:
         raise ConfigError(
@@ -198,6 +197,30 @@ def _check_config(config: RunConfig, cluster: Cluster) -> None:
             where="--memory",
             advice="give each replica more memory, or use a shorter dtype",
         )
+
+
+def _planned(config: RunConfig, cluster: Cluster) -> list[str]:
+    """What a person should know of `--memory`, as `zoray plan` sees it; nothing if the model is not described here."""
+    if not (Path(config.model) / "config.json").is_file():
+        return []
+    # Torch and transformers are imported for it.
+    from zoray.planning import Planner
+
+    try:
+        need = Planner(config).plan().need.host.peak * config.shards
+    except ZorayError as error:
+        return [f"whether --memory {cluster.memory} is enough cannot be planned: {error.what}"]
+    if need <= _amount(cluster.memory):
+        return []
+    planned = f"{need / 2**30:.1f} GiB"
+    return [f"--memory {cluster.memory} may be too little: a replica is planned to need {planned} (zoray plan)"]
+
+
+def _amount(quantity: str) -> int:
+    """Bytes of a Kubernetes quantity."""
+    match = _QUANTITY.fullmatch(quantity)
+    assert match is not None
+    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 class _Dumper(yaml.SafeDumper):

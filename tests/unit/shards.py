@@ -1,17 +1,18 @@
-"""What every memory must do, checked in worlds of several processes: python -m tests.unit.shards RANK FOLDER.
+"""What every memory must do, checked in worlds of several processes: python -m tests.unit.shards RANK FOLDER SETTING.
 
-`test_memory.py` starts the processes, and reads their reports. They form one world after the other, since most of
-their time goes into imports. A check compares with the resident replica of the same model in the same process.
+`worlds.py` starts the processes, and reads their reports. They form one world after the other, since most of their time
+goes into imports. A check compares with the resident replica of the same model in the same process, on the same device.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -35,6 +36,7 @@ from zoray.loss import RowLosses
 from zoray.memory import Memory, Resident, pieces
 from zoray.memory.spill import streamed_loading
 from zoray.memory.streamed import Streamed, Streaming
+from zoray.memory.world import form
 from zoray.memory.zero3 import Sharding, Zero3, partitioned_loading
 from zoray.models import load_model
 from zoray.replica import Replica
@@ -57,7 +59,8 @@ class World:
     Attributes:
         backend: "resident", "streamed-cpu" or "streamed-nvme" (no world at all), "zero3", "zero3-cpu" or "zero3-nvme".
         models: folder with the models, one folder each.
-        shared: folder that all of a world's processes and `test_memory.py` see.
+        shared: folder that all of a world's processes and the tests see.
+        device: where they compute.
     """
 
     backend: str
@@ -65,6 +68,7 @@ class World:
     size: int
     models: Path
     shared: Path
+    device: str = "cpu"
 
     @property
     def alone(self) -> bool:
@@ -81,7 +85,8 @@ class World:
 
     @property
     def streaming(self) -> Streaming:
-        return Streaming("nvme", self.shared) if self.backend == "streamed-nvme" else Streaming()
+        folder = self.shared if self.backend == "streamed-nvme" else None
+        return Streaming("cpu" if folder is None else "nvme", folder, self.device)
 
     def memory(self, model: nn.Module, directions: Directions, **options: object) -> Memory:
         if self.backend == "resident":
@@ -95,6 +100,16 @@ class World:
         in_parts = not self.alone and partitioned_loading(getattr(torch, dtype), self.sharding)
         with in_parts or streamed_loading(self.streaming):
             return loaded(self.models / kind, dtype, **keys)
+
+    def twin(self, kind: str, dtype: str = "float32", **keys: Any) -> nn.Module:
+        """The same model whole, for a resident replica."""
+        return loaded(self.models / kind, dtype, **keys).to(self.device)
+
+    def batch(self, seed: int, **sizes: Any) -> dict[str, torch.Tensor]:
+        return self.here(batch_of(seed, **sizes))
+
+    def here(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: values.to(self.device) for name, values in batch.items()}
 
     def replica(self, model: nn.Module, rank: int = 1, **options: Any) -> Replica:
         return Replica(model, 7, rank=rank, memory=partial(self.memory, **options))
@@ -137,7 +152,7 @@ class Odd(nn.Module):
 def whole(world: World, memory: Memory) -> dict[str, torch.Tensor]:
     """The weights that all processes hold together; their shards must be disjoint and leave no gap."""
     found: dict[str, torch.Tensor] = {}
-    everyone = world.everyone([(s.spec.name, s.start, s.values.clone()) for s in memory.shards()])
+    everyone = world.everyone([(s.spec.name, s.start, s.values.clone().cpu()) for s in memory.shards()])
     for spec in memory.directions.layout.specs:
         parts = [part for mine in everyone for part in mine if part[0] == spec.name and part[2].numel()]
         position = 0
@@ -154,7 +169,7 @@ def assert_same(world: World, sharded: Replica, resident: Replica) -> None:
     together = whole(world, sharded.memory)
     for shard in resident.memory.shards():
         name, theirs = shard.spec.name, together[shard.spec.name].view(-1)
-        assert torch.equal(bits(shard.values), bits(theirs)), name
+        assert torch.equal(bits(shard.values.cpu()), bits(theirs)), name
     digest = resident.memory.digest()
     assert sharded.digest() == digest
     assert sum(world.everyone(sharded.memory.digest())) % 2**64 == digest
@@ -176,7 +191,7 @@ def updates(world: World) -> None:
         for rank in (1, 3):
             odd, tied = partial(Odd, getattr(torch, dtype)), partial(loaded, world.models / "gpt2", dtype)
             for make in (odd,) if rank == 3 and dtype != "float32" else (odd, tied):
-                resident = Replica(make(), 7, rank=rank)
+                resident = Replica(make().to(world.device), 7, rank=rank)
                 sharded = world.replica(make(), rank)
                 assert sharded.layout == resident.layout
                 assert_same(world, sharded, resident)
@@ -189,13 +204,13 @@ def updates(world: World) -> None:
 
 
 def _steps(world: World, sharded: Replica, resident: Replica, steps: int = 2, **batch: Any) -> None:
-    first = batch_of(0, **batch)
+    first = world.batch(0, **batch)
     assert sharded.prove(first) == resident.prove(first)
     for step in range(steps):
         mine = []
         for microbatch in world.everyone(world.rank):
             # Each process has rows and lengths of its own.
-            data = batch_of(10 * step + microbatch, **{"length": 5 + 2 * microbatch, **batch})
+            data = world.batch(10 * step + microbatch, **{"length": 5 + 2 * microbatch, **batch})
             mine.append((step, 0, data, 1e-3, microbatch))
         found = world.everyone(sharded.probe(*mine[world.rank]))
         expected = [resident.probe(*each) for each in mine]
@@ -215,24 +230,24 @@ def probes(world: World) -> None:
         cases += [("opt", "float16"), ("mixtral", "float32"), ("gpt2", "bfloat16")]
     for kind, dtype in cases:
         model = world.load(kind, dtype)
-        twin = loaded(world.models / kind, dtype)
+        twin = world.twin(kind, dtype)
         for mine, theirs in zip(model.buffers(), twin.buffers(), strict=True):
-            assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+            assert torch.equal(mine.to(world.device), theirs) and mine.dtype == theirs.dtype
         _steps(world, world.replica(model), Replica(twin, 7), steps=3 if kind == "gpt2" else 2)
 
 
 def every_path(world: World) -> None:
     """Parameters used behind their owners' backs, two forwards per probe, classifiers, adapters, new weights."""
-    strays = Replica(loaded(world.models / "mamba", "float32"), 7)
+    strays = Replica(world.twin("mamba"), 7)
     _steps(world, world.replica(world.load("mamba")), strays)
     assert strays.verdict is not None and strays.verdict.strays
-    relative = Replica(loaded(world.models / "mpnet", "float32", num_labels=3), 7)
+    relative = Replica(world.twin("mpnet", num_labels=3), 7)
     _steps(world, world.replica(world.load("mpnet", num_labels=3)), relative, classes=True)
     assert relative.verdict is not None and not relative.verdict.batched
     _a_batch_of_another_shape(world)
     keys: dict[str, Any] = {"trainable": {"lora": {"r": 2, "target_modules": ["c_attn"]}}}
     for each in (keys, {"num_labels": 3, "trainable": "score|attn"}):
-        twin = Replica(loaded(world.models / "gpt2", "float32", **each), 7)
+        twin = Replica(world.twin("gpt2", **each), 7)
         sharded = world.replica(world.load("gpt2", **each))
         assert_same(world, sharded, twin)
         _steps(world, sharded, twin, classes="num_labels" in each)
@@ -240,10 +255,9 @@ def every_path(world: World) -> None:
 
 def _a_batch_of_another_shape(world: World) -> None:
     """A batch that rules out the path that was proved is refused where processes depend on each other."""
-    resident, sharded = Replica(Widths(), 7), world.replica(Widths())
-    short, long = ({**batch_of(0, length=n, classes=True), "input_ids": torch.ones(3, n).long()} for n in (5, 8))
-    for batch in (short, long):
-        del batch["attention_mask"]
+    resident, sharded = Replica(Widths().to(world.device), 7), world.replica(Widths())
+    labels = batch_of(0, classes=True)["labels"]
+    short, long = (world.here({"input_ids": torch.ones(3, n).long(), "labels": labels}) for n in (5, 8))
     assert sharded.prove(short) == resident.prove(short)
     expected = resident.probe(0, 0, short, 1e-3)
     assert sharded.probe(0, 0, short, 1e-3) == expected
@@ -267,7 +281,7 @@ class Chooses(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> Any:
         states, chosen = self.embed(input_ids), input_ids[:, 0] % 4
-        logits = torch.zeros(*input_ids.shape, 40)
+        logits = torch.zeros(*input_ids.shape, 40, device=states.device)
         for index in chosen.unique().tolist():
             rows = chosen == index
             logits[rows] = self.experts[index](states[rows])
@@ -282,11 +296,12 @@ def choices(world: World) -> None:
     def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> RowLosses:
         logits = model(**batch).logits
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"].flatten(), reduction="none")
-        return RowLosses(losses.view(len(batch["labels"]), -1).double().sum(1), torch.full((len(batch["labels"]),), 4))
+        rows = losses.view(len(batch["labels"]), -1).double().sum(1)
+        return RowLosses(rows, torch.full((len(rows),), 4, device=rows.device))
 
     def batch(*first: int) -> dict[str, torch.Tensor]:
         ids = torch.tensor([[token, 7, 8, 9] for token in first])
-        return {"input_ids": ids, "labels": ids}
+        return world.here({"input_ids": ids, "labels": ids})
 
     sharded = Replica(Chooses(), 7, memory=world.memory, loss=loss)
     sharded.prove(batch(0, 2))
@@ -304,7 +319,7 @@ def choices(world: World) -> None:
 def snapshots(world: World) -> None:
     """Any layout's snapshot is read by this one, and this one's by `test_memory.py`; a damaged one is passed over."""
     for dtype in DTYPES:
-        resident = Replica(Odd(getattr(torch, dtype)), 7)
+        resident = Replica(Odd(getattr(torch, dtype)).to(world.device), 7)
         resident.apply(COMMITS)
         for parts in (1, 2, 3, 5):
             place = world.shared / f"{world.name}-{dtype}-{parts}"
@@ -356,7 +371,7 @@ def unguarded(replica: Replica) -> Iterator[None]:
     yield
 
 
-def _break_off(replica: Replica, module: nn.Module) -> None:
+def _break_off(world: World, replica: Replica, module: nn.Module) -> None:
     """A forward that fails when `module` is about to be called."""
 
     def fail(*_: object) -> None:
@@ -364,7 +379,7 @@ def _break_off(replica: Replica, module: nn.Module) -> None:
 
     hook = module.register_forward_pre_hook(fail)
     try:
-        replica.probe(0, 0, batch_of(0), 1e-3)
+        replica.probe(0, 0, world.batch(0), 1e-3)
         raise AssertionError("the forward went through")
     except MemoryError:
         pass
@@ -384,19 +399,19 @@ TRAPS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def _after_an_update(world: World, trap: str, guarded: bool) -> bool:
     """Whether a probe after an update is that of a resident replica."""
     kind, options, choices = TRAPS[trap]
-    resident = Replica(loaded(world.models / kind, "float32"), 7, **choices)
+    resident = Replica(world.twin(kind), 7, **choices)
     sharded = Replica(world.load(kind), 7, memory=partial(world.memory, **options), **choices)
     for k in range(5):
         # DeepSpeed keeps and prefetches by the order of modules that it has seen in earlier forwards.
-        assert sharded.probe(0, k, batch_of(k), 1e-3) == resident.probe(0, k, batch_of(k), 1e-3)
+        assert sharded.probe(0, k, world.batch(k), 1e-3) == resident.probe(0, k, world.batch(k), 1e-3)
     with nullcontext() if guarded else unguarded(sharded):
         if trap != "persisted":
             last = [module for module in sharded.model.modules() if isinstance(module, nn.LayerNorm | nn.Linear)][-3]
-            _break_off(sharded, last)
+            _break_off(world, sharded, last)
         resident.apply(COMMITS)
         sharded.apply(COMMITS)
         assert_same(world, sharded, resident)
-        return sharded.probe(3, 0, batch_of(9), 1e-3) == resident.probe(3, 0, batch_of(9), 1e-3)
+        return sharded.probe(3, 0, world.batch(9), 1e-3) == resident.probe(3, 0, world.batch(9), 1e-3)
 
 
 def stale_copies(world: World) -> None:
@@ -423,15 +438,16 @@ STREAMED_TRAPS: dict[str, tuple[Any, bool]] = {
 def _after_a_streamed_update(world: World, trap: str, guarded: bool) -> bool:
     """Whether a probe after an update is that of a resident replica."""
     without, broken = STREAMED_TRAPS[trap]
-    resident, streamed = Replica(loaded(world.models / "deep", "float32"), 7), world.replica(world.load("deep"))
+    resident, streamed = Replica(world.twin("deep"), 7), world.replica(world.load("deep"))
     for k in range(2):
-        assert streamed.probe(0, k, batch_of(k), 1e-3) == resident.probe(0, k, batch_of(k), 1e-3)
+        assert streamed.probe(0, k, world.batch(k), 1e-3) == resident.probe(0, k, world.batch(k), 1e-3)
     with nullcontext() if guarded else without(streamed):
         if broken:
-            _break_off(streamed, [module for module in streamed.model.modules() if isinstance(module, nn.LayerNorm)][5])
+            norms = [module for module in streamed.model.modules() if isinstance(module, nn.LayerNorm)]
+            _break_off(world, streamed, norms[5])
         resident.apply(COMMITS)
         streamed.apply(COMMITS)
-        same = streamed.probe(3, 0, batch_of(9), 1e-3) == resident.probe(3, 0, batch_of(9), 1e-3)
+        same = streamed.probe(3, 0, world.batch(9), 1e-3) == resident.probe(3, 0, world.batch(9), 1e-3)
         assert_same(world, streamed, resident)
         return same
 
@@ -493,13 +509,52 @@ def peak(world: World) -> None:
     assert stepping.peak < 4 * largest, note
 
 
+def most(world: World, work: Callable[[], object]) -> int:
+    """Bytes of tensors on the world's device while something is done, at their most."""
+    if world.device == "cpu":
+        with Peak() as counted:
+            work()
+        return counted.peak
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def device_peak(world: World) -> None:
+    """A device has no more than the own parts, if they are there, one module and what a resident replica has too."""
+    # An accelerator's allocator rounds, and its libraries have memory of their own from it.
+    kind = "deep" if world.device == "cpu" else "tall"
+    batch = world.batch(0, rows=1, length=4)
+
+    def step(replica: Replica) -> None:
+        replica.apply(commit(0, [replica.probe(0, 0, batch, 1e-3)], learning_rate=1e-3))
+        replica.probe(1, 0, batch, 1e-3)
+        replica.digest()
+
+    twin = world.twin(kind)
+    weights = sum(p.numel() * p.element_size() for p in twin.parameters())
+    largest = max(sum(p.numel() * p.element_size() for p in m.parameters(recurse=False)) for m in twin.modules())
+    step(Replica(twin, 7))
+    del twin
+    resident = most(world, lambda: step(Replica(world.twin(kind), 7)))
+    sharded = most(world, lambda: step(world.replica(world.load(kind))))
+    world.everyone(None)
+    own = 0 if world.device != "cpu" and world.backend == "zero3-cpu" else weights // world.size
+    note = {"weights": weights, "own": own, "largest": largest, "resident": resident, "sharded": sharded}
+    (world.shared / f"device-{world.name}-{world.rank}.json").write_text(json.dumps(note))
+    assert sharded - own <= resident - weights + 4 * largest, note
+    assert weights > 8 * largest, note
+
+
 def files(world: World) -> None:
     """Weights in files: updates, probes and snapshots are those of a resident replica."""
     if not list(Path(cpp_extension.get_default_build_root()).rglob("async_io.so")):
         # Compiling it takes minutes, and leaves a lock that blocks for ever if it is broken off.
         raise Skipped("not built: make nvme")
     model = world.load("large")
-    resident, sharded = Replica(loaded(world.models / "large", "float32"), 7), world.replica(model)
+    resident, sharded = Replica(world.twin("large"), 7), world.replica(model)
     assert list((world.shared / "offloaded").rglob(f"rank{world.rank}/*.swp"))
     assert any(parameter.ds_tensor.numel() < 2 for parameter in model.parameters())  # type: ignore[attr-defined]
     _steps(world, sharded, resident)
@@ -519,12 +574,43 @@ CONTRACT: tuple[Check, ...] = (updates, snapshots, storage_that_fails, probes)
 WORLDS: dict[tuple[str, int], tuple[Check, ...]] = {
     ("zero3", 4): (*CONTRACT, peak),
     ("zero3", 3): CONTRACT,
-    ("zero3", 2): (*CONTRACT, every_path, stale_copies, peak),
+    ("zero3", 2): (*CONTRACT, every_path, stale_copies, peak, device_peak),
     ("zero3-cpu", 2): (updates, probes, every_path),
     ("zero3-nvme", 2): (files,),
     ("zero3", 1): (*CONTRACT, choices),
 }
 """The checks of each backend with each number of processes, in the order in which the worlds are formed."""
+
+PAIR: dict[tuple[str, int], tuple[Check, ...]] = {
+    ("zero3", 2): (*CONTRACT, every_path, stale_copies, device_peak),
+    ("zero3-cpu", 2): (*CONTRACT, every_path, device_peak),
+}
+SINGLE: dict[tuple[str, int], tuple[Check, ...]] = {
+    ("zero3", 1): (*CONTRACT, every_path, choices, device_peak),
+    ("zero3-cpu", 1): (*CONTRACT, every_path, choices, device_peak),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the processes compute on, and the worlds they form there.
+
+    Attributes:
+        accelerator: they speak to each other by NCCL, each having a device for itself.
+    """
+
+    device: str
+    accelerator: bool
+    worlds: Mapping[tuple[str, int], tuple[Check, ...]]
+
+
+SETTINGS = {
+    "processors": Setting("cpu", False, WORLDS),
+    "one-device": Setting("cuda", True, SINGLE),
+    # Gloo takes tensors that are on a device, and does not mind whose it is.
+    "shared-device": Setting("cuda", False, PAIR),
+    "two-devices": Setting("cuda", True, PAIR),
+}
 
 RESIDENT: tuple[Check, ...] = (*CONTRACT, every_path)
 STREAMED: tuple[Check, ...] = (*CONTRACT, every_path, stale_streamed_copies, streamed_peak)
@@ -557,7 +643,7 @@ def split_save(folder: Path, replica: Replica, parts: int) -> None:
 
 
 def run(world: World, checks: tuple[Check, ...], report: Callable[[dict[str, Any]], None]) -> None:
-    """All of its checks, until one fails: after that the processes may not be at the same place."""
+    """All of its checks; several processes stop at one that fails: they may not be at the same place any more."""
     for check in checks:
         started, fault, why = time.perf_counter(), "", ""
         try:
@@ -568,29 +654,27 @@ def run(world: World, checks: tuple[Check, ...], report: Callable[[dict[str, Any
             fault = traceback.format_exc()
         seconds = time.perf_counter() - started
         report({"world": world.name, "check": check.__name__, "fault": fault, "skipped": why, "seconds": seconds})
-        if fault:
+        if fault and world.size > 1:
             return
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder, setting = int(sys.argv[1]), Path(sys.argv[2]), SETTINGS[sys.argv[3]]
     torch.set_num_threads(1)
+    if setting.device != "cpu":
+        # With gloo between them, DeepSpeed would take it that they compute on processors.
+        os.environ["DS_ACCELERATOR"] = setting.device
+    places = json.loads((folder / "places.json").read_text())
     with (folder / f"report-{rank}.jsonl").open("w") as out:
 
         def report(facts: dict[str, Any]) -> None:
             out.write(json.dumps(facts) + "\n")
             out.flush()
 
-        for (backend, size), checks in WORLDS.items():
+        for (backend, size), checks in setting.worlds.items():
             if rank < size:
-                world = World(backend, rank, size, folder / "models", folder)
-                distributed.init_process_group(
-                    "gloo",
-                    init_method=f"file://{folder}/{world.name}.world",
-                    rank=rank,
-                    world_size=size,
-                    timeout=timedelta(seconds=120),
-                )
+                world = World(backend, rank, size, folder / "models", folder, setting.device)
+                form(places[world.name], rank, size, setting.accelerator, timedelta(seconds=120))
                 run(world, checks, report)
                 distributed.destroy_process_group()
     # How the threads of torch and DeepSpeed end with an interpreter is no business of these checks: it once aborted.

@@ -242,6 +242,19 @@ def test_offloaded_parts_are_in_files_or_in_the_host_s_memory(sizes: list[int], 
     assert "weights" not in need.device.lasting and need.host.passing["snapshot"] == parts
 
 
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=9), st.integers(1, 9))
+def test_parts_that_an_accelerator_reads_by_itself_lie_in_powers_of_two(sizes: list[int], shards: int) -> None:
+    memory = {"kind": "zero3", "shards": shards, "offload": "cpu"}
+    here, away = (
+        needs(config_of(Path("m"), memory=memory, gpus_per_replica=gpus), work_of(*sizes)).host.lasting["weights"]
+        for gpus in (0, 1)
+    )
+    assert here <= away < 2 * here or here == away == work_of(*sizes).weights(shards)
+    assert here == sum(-(-size // shards) * 4 for size in sizes)
+    single = needs(config_of(Path("m"), memory=memory, gpus_per_replica=1), work_of(sizes[0])).host.lasting["weights"]
+    assert single.bit_count() == 1 and single >= -(-sizes[0] // shards) * 4
+
+
 def test_streamed_weights_have_two_blocks_and_the_largest_other_module_on_the_device(gpt2: Path) -> None:
     keys: dict[str, Any] = {"gpus_per_replica": 1, "memory": {"kind": "streamed"}}
     model = blank_model(config_of(gpt2))

@@ -130,7 +130,7 @@ class Widths(nn.Module):
         self.words, self.places, self.head = nn.Embedding(20, 8), nn.Embedding(40, 8), nn.Linear(8, 5)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(input_ids.shape[1])
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.words(input_ids)
         if input_ids.shape[1] <= 6:
             return self.head((x * self.places(places[None])).mean(1))

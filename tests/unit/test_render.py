@@ -22,10 +22,12 @@ from launch.kubernetes.kuberay import workers
 from launch.kubernetes.pods import GRACE_SECONDS, times
 from launch.kubernetes.render import to_yaml
 from launch.kubernetes.rules import MAX_NAME, violations
+from tests.conftest import TinyModel
 from tests.unit.crds import ROOT, Object, documents, faults, needs_crds
 from zoray import __version__
 from zoray.config import RunConfig, load
 from zoray.errors import ConfigError
+from zoray.planning import Plan, Planner
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 OPTIONS: dict[str, list[str]] = {
@@ -38,6 +40,8 @@ OPTIONS: dict[str, list[str]] = {
 }
 
 Render = Callable[..., list[Object]]
+
+PLANS: dict[str, Plan] = {}
 
 
 def render(*words: str) -> tuple[list[Object], str]:
@@ -85,10 +89,25 @@ def run(made: list[Object], folder: Path) -> RunConfig:
     return load(path)
 
 
+@pytest.fixture
+def planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan takes seconds, and the options of `zoray render` make no difference to it."""
+    plan = Planner.plan
+
+    def remembered(self: Planner) -> Plan:
+        key = self.config.model_dump_json()
+        if key not in PLANS:
+            PLANS[key] = plan(self)
+        return PLANS[key]
+
+    monkeypatch.setattr(Planner, "plan", remembered)
+
+
 # ---- what is written is taken ----
 
 
 @needs_crds
+@pytest.mark.usefixtures("planned_once")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_configuration_passes_schema_and_rules(path: Path, options: str) -> None:
@@ -351,6 +370,17 @@ def test_a_path_that_only_this_machine_has_is_refused(config: Callable[..., str]
 def test_what_kubernetes_would_refuse_is_refused_first(config: Callable[..., str], words: list[str], text: str) -> None:
     error = refused(config(), *words)
     assert text in str(error) and error.exit_code == 2
+
+
+def test_memory_below_the_plan_is_said(config: Callable[..., str], tmp_path: Path, tiny_model: TinyModel) -> None:
+    model = tiny_model("gpt2", tmp_path)
+    path = config(model=str(model), task={"max_length": 32})
+    assert "may be too little" not in render(path, "--memory", "2Gi")[1]
+    assert (
+        "--memory 401Mi may be too little: a replica is planned to need 0.4 GiB" in render(path, "--memory", "401Mi")[1]
+    )
+    (model / "config.json").write_text("{}")
+    assert "cannot be planned" in render(path, "--memory", "2Gi")[1]
 
 
 def test_memory_that_cannot_hold_the_weights_is_refused(config: Callable[..., str], tmp_path: Path) -> None:

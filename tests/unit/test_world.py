@@ -20,19 +20,22 @@ from zoray.memory.world import Meeting, form, lost_touch
 HOLD = "import sys, zoray.memory.scratch as s; print(s.claim(sys.argv[1], 'r7'), flush=True); sys.stdin.read()"
 
 GROUP = """
-import sys, torch
+import datetime, os, signal, sys, torch
 from torch import distributed
 from zoray.memory.world import form, lost_touch
-form(sys.argv[1], int(sys.argv[2]), 2, accelerator=False)
-total = torch.ones(4)
+on_devices = sys.argv[3] == "nccl"
+form(sys.argv[1], int(sys.argv[2]), 2, on_devices, datetime.timedelta(seconds=int(sys.argv[4])))
+total = torch.ones(4, device="cuda" if on_devices else "cpu")
 distributed.all_reduce(total)
 print(int(total.sum()), flush=True)
 if sys.argv[2] == "1":
-    sys.stdin.read()
-    import os, signal
-    os.kill(os.getpid(), signal.SIGKILL)
+    # Told to die, or to stay away.
+    if sys.stdin.read() == "":
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
 try:
     distributed.all_reduce(total)
+    total.cpu()
 except Exception as error:
     print(lost_touch(error), lost_touch(ValueError(str(error))), flush=True)
 """
@@ -69,22 +72,30 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert "memory.nvme_path" in str(caught.value.where)
 
 
-def test_processes_meet_and_notice_a_death() -> None:
+@pytest.mark.parametrize("word", ["", "stay away"], ids=["dies", "stays-away"])
+def test_processes_meet_and_notice_that_one_is_gone(word: str) -> None:
     meeting = Meeting("127.0.0.1")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", GROUP, meeting.place, str(rank)],
+            [sys.executable, "-c", GROUP, meeting.place, str(rank), "gloo", "3"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == "8\n"
-    processes[1].communicate()
-    out, _ = processes[0].communicate(timeout=60)
-    assert out == "True False\n"
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "8\n"
+        assert processes[1].stdin is not None
+        processes[1].stdin.write(word)
+        processes[1].stdin.close()
+        out, _ = processes[0].communicate(timeout=60)
+        assert out == "True False\n"
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_errors_of_ones_own_are_not_a_lost_touch() -> None:

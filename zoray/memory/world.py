@@ -11,6 +11,9 @@ from torch import distributed
 _APPEAR = timedelta(minutes=10)
 """How long processes wait for each other at first: the others may still be importing their libraries."""
 
+PATIENCE = timedelta(minutes=30)
+"""How long one waits for the others later: one may be uploading its part of a snapshot. NCCL's own are ten minutes."""
+
 
 # Torch's stubs do not say that it is public.
 _store: Any = distributed.TCPStore  # type: ignore[attr-defined]
@@ -28,12 +31,16 @@ class Meeting:
         self.place = f"{host}:{self._store.port}"
 
 
-def form(place: str, rank: int, size: int, accelerator: bool) -> None:
+def form(place: str, rank: int, size: int, accelerator: bool, patience: timedelta = PATIENCE) -> None:
     """Become process `rank` of `size`; returns once all of them are there.
+
+    If one dies, gloo tells the others at once. NCCL does not notice on one machine: they wait, and whoever has started
+    them is to end them (`actors.fleet` does). If nobody does, they end when their patience does.
 
     Args:
         place: of the `Meeting` of process 0.
-        accelerator: the processes compute on one each.
+        accelerator: the processes compute on one each, that which is current.
+        patience: how long one waits for the others in a collective.
 
     Raises:
         RuntimeError: not all of them came (torch's own errors).
@@ -42,7 +49,7 @@ def form(place: str, rank: int, size: int, accelerator: bool) -> None:
     store = _store(host, int(port), is_master=False, timeout=_APPEAR)
     backend = "nccl" if accelerator else "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if accelerator else None
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device, timeout=patience)
 
 
 def lost_touch(error: BaseException) -> bool:

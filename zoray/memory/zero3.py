@@ -99,7 +99,8 @@ def partitioned_loading(dtype: torch.dtype, sharding: Sharding = _DEFAULT) -> It
     except ImportError as error:
         raise _missing("accelerate") from error
     try:
-        yield
+        with _as_on_a_processor():
+            yield
     finally:
         hub.unset_hf_deepspeed_config()
         del settings
@@ -150,6 +151,8 @@ class Zero3(Memory):
             model,
             None,
             settings,
+            # Else it gathers in a stream of its own, which does not wait for an update in the one that is computed in.
+            overlap_comm=False,
             offload_param_config=stage.offload_param,
             prefetch_bucket_size=stage.prefetch_bucket_size,
             max_reuse_distance=stage.max_reuse_distance,
@@ -214,6 +217,42 @@ class Zero3(Memory):
                 let_go(module)
 
         hooks.pre_sub_module_forward_function, hooks.post_sub_module_forward_function = before, after
+
+
+@contextmanager
+def _as_on_a_processor() -> Iterator[None]:
+    """What a model computes and draws while it is loaded is made by the processor, as for a resident replica.
+
+    DeepSpeed would have an accelerator make its buffers and its new weights. Their last bits and its random numbers are
+    others, so the base model would be another than that of replicas elsewhere and of `zoray verify`.
+    """
+    from deepspeed.runtime.zero import partition_parameters as parameters
+    from transformers import PreTrainedModel
+
+    hub: Any = PreTrainedModel
+    initialize = hub._initialize_weights
+
+    def there(model: Any, module: nn.Module, *args: Any) -> None:
+        whole = [] if getattr(module, "_is_hf_initialized", False) else [*module.parameters(), *module.buffers()]
+        away = [(t, t.data) for t in whole if t.device.type != "cpu" and not getattr(t, "_is_hf_initialized", False)]
+        for tensor, values in away:
+            tensor.data = values.cpu()
+        try:
+            initialize(model, module, *args)
+        finally:
+            for tensor, values in away:
+                values.copy_(tensor.data)
+                tensor.data = values
+
+    device = parameters.DeepSpeedTensorOverride.device
+    # The default of an argument of `zero.Init`, which transformers calls without it.
+    parameters.DEFAULT_TENSOR_OVERRIDES.remove(device)
+    hub._initialize_weights = there
+    try:
+        yield
+    finally:
+        hub._initialize_weights = initialize
+        parameters.DEFAULT_TENSOR_OVERRIDES.append(device)
 
 
 def _deepspeed(sharding: Sharding) -> None:

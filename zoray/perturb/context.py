@@ -57,7 +57,7 @@ class Active:
         if spec.name not in self._factors:
             left, right = factors_from(self._packed[spec.offset : spec.end], spec)
             assert left is not None
-            self._factors[spec.name] = left.to(like), right.to(like)
+            self._factors[spec.name] = _sent(left, like.device, like.dtype), _sent(right, like.device, like.dtype)
         return self._factors[spec.name]
 
     def noise(self, spec: ParamSpec) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Active:
         """theta +- eps z of one parameter as a new tensor; for one sign only."""
         if self.signs is Signs.BOTH:
             raise AssertionError("a perturbed copy has one sign")
-        z = self.noise(spec).to(parameter.device)
+        z = _sent(self.noise(spec), parameter.device)
         return z.mul_(self.scale).add_(parameter).to(dtype or parameter.dtype)
 
     def vector(self, parameter: torch.Tensor | None, spec: ParamSpec | None) -> torch.Tensor | None:
@@ -78,7 +78,7 @@ class Active:
         exact = parameter.detach().float()
         if spec is None:
             return exact.unsqueeze(0)
-        z = self.noise(spec).view_as(exact).to(parameter.device).mul_(self.scale)
+        z = _sent(self.noise(spec).view_as(exact), parameter.device).mul_(self.scale)
         return torch.stack([exact + z, exact - z]) if self.signs is Signs.BOTH else (exact + z).unsqueeze(0)
 
     @contextmanager
@@ -89,3 +89,9 @@ class Active:
             yield
         finally:
             self.signs = before
+
+
+def _sent(values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A processor's tensor on a device; an accelerator is not waited for, so that it never has nothing to do."""
+    values = values.to(dtype or values.dtype)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

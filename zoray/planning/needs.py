@@ -125,7 +125,8 @@ def _zero3(config: RunConfig, work: Work) -> Need:
         host = Place({}, {"snapshot": own}) if config.gpus_per_replica > 0 else Place()
         return Need(device + Place({"weights": parts}), host, {}, mapped)
     if memory.offload == "cpu":
-        return Need(device, Place({"weights": parts}), {}, mapped)
+        kept = work.pinned(shards) if config.gpus_per_replica > 0 else parts
+        return Need(device, Place({"weights": kept}), {}, mapped)
     buffer = max((-(-elements // shards) + 1) * width for elements, width, _ in work.parameters)
     small = work.weights(shards, largest=_IN_MEMORY)
     host = Place({"small weights": small, "buffers for files": 5 * buffer}, {"snapshot": own})

@@ -26,7 +26,7 @@ from zoray.planning.shadow import Shadow, ShadowDirections
 from zoray.probe import Prober
 from zoray.product import factor_dtype
 from zoray.proof import Verdict, prove
-from zoray.update import BLOCK_ELEMENTS, Shard, apply_commits
+from zoray.update import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, Shard, apply_commits
 
 _REPLAYED = 1024
 """Terms that a replica that catches up applies together."""
@@ -72,6 +72,13 @@ class Work:
         """
         parts = [-(-elements // shards) * width for elements, width, own in self.parameters if own or not trained]
         return sum(part for part in parts if smallest <= part < largest)
+
+    def pinned(self, shards: int) -> int:
+        """Bytes of torch's memory that is not paged out for what each of `shards` processes holds.
+
+        It gives each parameter the next power of two.
+        """
+        return sum(1 << (-(-elements // shards) * width - 1).bit_length() for elements, width, _ in self.parameters)
 
 
 def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -> Work:
@@ -174,27 +181,28 @@ def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) 
     commit = seal(0, 2.0**-20, 0.5, 0.0, tuple((0, index, 1) for index in range(terms)), bytes(32))
     factored = [spec for spec in layout.specs if spec.rank]
     dense = [spec for spec in layout.specs if not spec.rank]
+    block = DEVICE_BLOCK_ELEMENTS if config.gpus_per_replica > 0 else BLOCK_ELEMENTS
     # A block of wide rows takes most for b, one of many short rows for a.
-    measures: tuple[Callable[[ParamSpec], int], ...] = (lambda spec: spec.cols, _rows_of_block)
+    measures: tuple[Callable[[ParamSpec], int], ...] = (lambda spec: spec.cols, lambda spec: _rows(spec, block))
     chosen = [max(specs, key=measure) for specs in (factored, dense) if specs for measure in measures]
     directions = ShadowDirections(layout, config.seed)
 
     def shard(spec: ParamSpec) -> Shard:
-        count = min(-(-spec.numel // shards), 2 * BLOCK_ELEMENTS)
+        count = min(-(-spec.numel // shards), 2 * block)
         with counter.shadow.running():
             return Shard(spec, torch.empty(count, dtype=getattr(torch, spec.dtype)))
 
     for part in map(shard, chosen):
-        counter.count("update", partial(apply_commits, directions, [part], [commit]), [part.values])
+        counter.count("update", partial(apply_commits, directions, [part], [commit], block), [part.values])
     largest = shard(max(layout.specs, key=lambda spec: spec.numel))
     counter.count("digest", partial(tensor_digest, largest.spec.name, largest.values), [largest.values])
-    counter.found["update"] += _bits(layout, terms)
+    counter.found["update"] += _bits(layout, terms, block)
 
 
-def _bits(layout: Layout, terms: int) -> int:
+def _bits(layout: Layout, terms: int, block: int) -> int:
     """What NumPy takes of an update, which torch does not see: the directions' bits and signs, or normals."""
     if layout.kind == "gaussian":
-        return 4 * max(spec.numel + min(spec.numel, BLOCK_ELEMENTS) for spec in layout.specs)
+        return 4 * max(spec.numel + min(spec.numel, block) for spec in layout.specs)
     packed = terms * layout.total_bytes
     if layout.kind != "rank" or packed > _PACKED_BYTES:
         packed = 0
@@ -216,5 +224,6 @@ def _explained(config: RunConfig) -> Iterator[None]:
         ) from error
 
 
-def _rows_of_block(spec: ParamSpec) -> int:
-    return min(spec.numel // spec.cols, max(1, BLOCK_ELEMENTS // spec.cols))
+def _rows(spec: ParamSpec, block: int) -> int:
+    """Rows of a block of a parameter."""
+    return min(spec.numel // spec.cols, max(1, block // spec.cols))
