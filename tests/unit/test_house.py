@@ -32,6 +32,7 @@ LAYERS = (
     {"replica"},
     {"protocol"},
     {"tasks", "runs", "shelf"},
+    {"tuning"},
     {"models"},
     {"planning"},
     {"identity"},
@@ -42,7 +43,7 @@ LAYERS = (
 FOREIGN_TO_CORE = ("ray", "deepspeed", "prometheus_client")
 DOOR = "zoray.memory.zero3"
 """The only module that may name DeepSpeed, and imports it late."""
-LIGHT = ("errors", "files", "stores", "schedule", "commits", "config", "ledger", "aggregate", "protocol")
+LIGHT = ("errors", "files", "stores", "schedule", "commits", "config", "ledger", "aggregate", "protocol", "tuning")
 """What the command line and the coordinator load: never torch or transformers, which take seconds."""
 
 
