@@ -33,12 +33,12 @@ class Evaluated:
     @property
     def loss(self) -> float:
         """Mean over the examples; nan if there are none."""
-        return math.fsum(self.losses) / len(self.losses) if self._finite else math.nan
+        return math.fsum(self.losses) / len(self.losses) if self.finite else math.nan
 
     @property
     def deviation(self) -> float:
         """Standard deviation between examples; nan for fewer than two."""
-        if len(self.losses) < 2 or not self._finite:
+        if len(self.losses) < 2 or not self.finite:
             return math.nan
         mean = self.loss
         return math.sqrt(math.fsum((loss - mean) ** 2 for loss in self.losses) / (len(self.losses) - 1))
@@ -54,7 +54,8 @@ class Evaluated:
         return self.correct / len(self.losses) if self.correct else None
 
     @property
-    def _finite(self) -> bool:
+    def finite(self) -> bool:
+        """Whether there are examples, and each has a loss that is a number."""
         return bool(self.losses) and all(map(math.isfinite, self.losses))
 
     def above(self, other: Evaluated) -> tuple[float, float]:
@@ -64,7 +65,7 @@ class Evaluated:
 
     def told_from(self, other: Evaluated) -> bool:
         """Whether the difference from another is more than chance would make of equal ones."""
-        if self.losses == other.losses or not (self._finite and other._finite):
+        if self.losses == other.losses or not (self.finite and other.finite):
             return self.losses != other.losses
         difference, error = self.above(other)
         return abs(difference) > DOUBT * error

@@ -15,8 +15,8 @@ from zoray.errors import ConfigError
 LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The default grid, as multiples of the configuration's learning rate."""
 
-EPSILONS = (1.0, 3.0)
-"""The same of epsilon."""
+SMALLER, LARGER = 0.1, 10.0
+"""The second epsilon of the default grid: a smaller one has less bias; in a short data type it drowns in rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +70,25 @@ def cost(trials: int, rungs: Sequence[int], eta: int) -> int:
 
 
 def grid(
-    learning_rate: float, epsilon: float, learning_rates: Sequence[float] | None, epsilons: Sequence[float] | None
+    learning_rate: float,
+    epsilon: float,
+    learning_rates: Sequence[float] | None = None,
+    epsilons: Sequence[float] | None = None,
+    *,
+    short: bool = False,
 ) -> tuple[Trial, ...]:
     """All pairs, by epsilon and then by learning rate.
 
     Args:
         learning_rate, epsilon: the configuration's; the default grid lies around them.
         learning_rates, epsilons: what to try instead.
+        short: the model computes in bfloat16 or float16.
 
     Raises:
         ConfigError: a value is not positive or is given twice, or there are fewer than two trials.
     """
     rates = _values(learning_rates, "--learning-rates") or tuple(_rounded(learning_rate * f) for f in LEARNING_RATES)
-    distances = _values(epsilons, "--epsilons") or tuple(_rounded(epsilon * factor) for factor in EPSILONS)
+    distances = _values(epsilons, "--epsilons") or (epsilon, _rounded(epsilon * (LARGER if short else SMALLER)))
     if not learning_rate and learning_rates is None:
         raise ConfigError(
             "The configuration's learning_rate is 0, so there is nothing to lay a grid around.",

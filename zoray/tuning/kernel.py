@@ -101,7 +101,9 @@ def settle(study: Study, actions: list[Action]) -> None:
         moved = False
         for race in study.running():
             moved = _advance(study, race, actions) or moved
-        if study.base.evaluations and all(len(race.evaluations) > study.rung for race in study.running()):
+        if study.base.evaluations and not study.base.evaluations[0].finite:
+            _finish(study, Finish("diverged", "the model's loss is not finite before any step"), actions)
+        elif study.base.evaluations and all(len(race.evaluations) > study.rung for race in study.running()):
             _end_rung(study, actions)
             moved = True
 
@@ -143,8 +145,6 @@ def _evaluate(study: Study, race: Race, actions: list[Action]) -> None:
     race = replace(race, values={}, evaluations=(*race.evaluations, found))
     study.races[race.name] = race
     actions.append(Note("evaluated", race.name, rung, at, found))
-    if race.trial is None and not math.isfinite(found.loss):
-        _finish(study, Finish("diverged", "the model's held-out loss is not finite before any step"), actions)
 
 
 def _end_rung(study: Study, actions: list[Action]) -> None:
@@ -153,6 +153,8 @@ def _end_rung(study: Study, actions: list[Action]) -> None:
         if (why := bad_evaluation(study, race.evaluations[study.rung])) is not None:
             _drop(study, race, why, actions)
     ranked = ranking(study)
+    if _readmit(study, len(ranked), actions):
+        return
     if not ranked:
         spared = any(race.phase is Phase.CUT for race in study.races.values())
         text = "all trials have diverged" if not spared else "all trials but those cut before have diverged"
@@ -161,7 +163,6 @@ def _end_rung(study: Study, actions: list[Action]) -> None:
     if study.rung + 1 == len(study.plan.rungs):
         _finish(study, Finish("done", f"{ranked[0].name} is the best of the last rung"), actions)
         return
-    # As many as the plan has, although some have diverged: the others' chances must not depend on these.
     count = kept(len(study.plan.trials), study.plan.eta, study.rung + 1)
     last = ranked[min(count, len(ranked)) - 1].evaluations[study.rung]
     for place, race in enumerate(ranked):
@@ -172,19 +173,36 @@ def _end_rung(study: Study, actions: list[Action]) -> None:
         text = f"place {place + 1} of {len(ranked)}" + (
             "" if mine.told_from(last) else ", not told apart from the last kept"
         )
-        study.races[race.name] = replace(race, phase=Phase.CUT, why=text)
+        study.races[race.name] = replace(race, phase=Phase.CUT, why=text, cut_in=study.rung)
         actions.append(Note("cut", race.name, study.rung, study.plan.rungs[study.rung], text=text))
     study.rung += 1
 
 
+def _readmit(study: Study, left: int, actions: list[Action]) -> bool:
+    """Put the best trials that were cut before this rung in the places of those that have diverged in it; whether any.
+
+    What learns fastest at first is often what diverges later: it must not have the last rung to itself.
+    """
+    before = study.rung - 1
+    cut = [race for race in study.races.values() if race.phase is Phase.CUT and race.cut_in == before]
+    missing = max(0, kept(len(study.plan.trials), study.plan.eta, study.rung) - left)
+    back = sorted(cut, key=lambda race: _order(race, before))[:missing]
+    for race in back:
+        study.races[race.name] = replace(race, phase=Phase.RUNNING, why="", cut_in=None)
+        text = "in the place of one that diverges"
+        actions.append(Note("kept", race.name, before, study.plan.rungs[before], text=text))
+    return bool(back)
+
+
 def ranking(study: Study) -> list[Race]:
     """The trials that are left at the end of the rung, best first; of equal ones that with the smaller rate."""
+    left = [race for race in study.running() if len(race.evaluations) > study.rung]
+    return sorted(left, key=lambda race: _order(race, study.rung))
 
-    def key(race: Race) -> tuple[float, float, float]:
-        assert race.trial is not None
-        return race.evaluations[study.rung].loss, race.trial.learning_rate, race.trial.epsilon
 
-    return sorted((race for race in study.running() if len(race.evaluations) > study.rung), key=key)
+def _order(race: Race, rung: int) -> tuple[float, float, float]:
+    assert race.trial is not None
+    return race.evaluations[rung].loss, race.trial.learning_rate, race.trial.epsilon
 
 
 def _committed(study: Study, trial: str, step: int) -> None:

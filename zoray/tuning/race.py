@@ -61,6 +61,7 @@ class Race:
         losses: of the commits.
         evaluations: one for each rung it came to the end of.
         why: what ended it, in words.
+        cut_in: the rung after which it was cut, if it was.
         open: parts of the work before it that nobody has been given.
         values: what came of the others, by part.
         pending: the next commit, on its way to the disk.
@@ -74,6 +75,7 @@ class Race:
     phase: Phase = Phase.RUNNING
     evaluations: tuple[Evaluated, ...] = ()
     why: str = ""
+    cut_in: int | None = None
     open: tuple[int, ...] = ()
     values: Mapping[int, Value] = field(default_factory=dict)
     pending: Commit | None = None
@@ -152,13 +154,17 @@ def divergence(study: Study, race: Race) -> str | None:
 
 
 def bad_evaluation(study: Study, evaluated: Evaluated) -> str | None:
-    """Why an evaluation says that its trial diverges; None if it does not."""
-    start = study.base.evaluations[0].loss
-    if not math.isfinite(evaluated.loss):
-        return "the held-out loss is not finite"
-    if evaluated.loss > _well_above(study, start, evaluated.count):
-        return f"held-out loss {evaluated.loss:.3g}, {start:.3g} at the start"
-    return None
+    """Why an evaluation says that its trial diverges; None if it does not.
+
+    A trial that is told to be worse than the model as it is has no place among those that learn: it is compared example
+    by example, and has to be far beyond chance.
+    """
+    start = study.base.evaluations[0]
+    if not evaluated.finite:
+        return "the loss is not finite"
+    difference, error = evaluated.above(start)
+    worse = difference > ERRORS * error if error == error else evaluated.loss > WELL_ABOVE * start.loss
+    return f"loss {evaluated.loss:.3g}, above the {start.loss:.3g} of the model as it is" if worse else None
 
 
 def _well_above(study: Study, start: float, examples: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zoray.tuning.evaluated import Evaluated
 from zoray.tuning.grid import Trial
 from zoray.tuning.race import Phase, Race, Study
 
@@ -13,8 +14,9 @@ class Standing:
     """What came of a study.
 
     Attributes:
-        races: the trials, best first: those that came further, then those with the lower loss; diverged ones last.
-        winner: the best of those that came furthest; None if all have diverged, or none was evaluated.
+        races: the trials: the winner, then those that came furthest, of these the lower loss first; diverged ones last.
+        winner: the best of those that are better than the model as it is and came furthest, or of those that came
+            furthest where none is better; None if all have diverged, or none was evaluated.
         undecided: others of the same rung that its held-out loss does not tell from the winner's.
         improves: whether the winner's loss is below that of the model as it is, by more than chance.
         edges: names of the keys whose best value is the smallest or the largest that was tried.
@@ -34,17 +36,23 @@ class Standing:
 
 def stand(study: Study) -> Standing:
     """The standing of a study, at its end or on the way."""
-    trials = [race for race in study.races.values() if race.trial is not None]
-    races = tuple(sorted(trials, key=_key))
-    best = races[0]
-    if best.phase is Phase.DIVERGED or not best.evaluations:
-        return Standing(races, None, (), False, ())
-    level = len(best.evaluations)
-    mine = best.evaluations[-1]
-    rivals = [race for race in races[1:] if race.phase is not Phase.DIVERGED and len(race.evaluations) == level]
-    undecided = tuple(race for race in rivals if not race.evaluations[-1].told_from(mine))
+    trials = sorted((race for race in study.races.values() if race.trial is not None), key=_key)
+    judged = [race for race in trials if race.phase is not Phase.DIVERGED and race.evaluations]
+    if not judged:
+        return Standing(tuple(trials), None, (), False, ())
     start = study.base.evaluations[0]
-    return Standing(races, best, undecided, mine.loss < start.loss and mine.told_from(start), _edges(study, best))
+    better = [race for race in judged if _improves(race.evaluations[-1], start)]
+    # One that came to an earlier rung only, and has learnt, before one that came further and has not.
+    best = (better or judged)[0]
+    mine, level = best.evaluations[-1], len(best.evaluations)
+    rivals = [race for race in judged if race is not best and len(race.evaluations) == level]
+    undecided = tuple(race for race in rivals if not race.evaluations[-1].told_from(mine))
+    races = (best, *(race for race in trials if race is not best))
+    return Standing(races, best, undecided, bool(better), _edges(study, best))
+
+
+def _improves(evaluated: Evaluated, start: Evaluated) -> bool:
+    return evaluated.loss < start.loss and evaluated.told_from(start)
 
 
 def _key(race: Race) -> tuple[bool, int, float, float, float]:
