@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from actors.replica import Introduction, ReplicaActor
@@ -21,8 +19,8 @@ from zoray.tasks.sampler import permutation
 from zoray.tuning import Evaluated, Share
 from zoray.tuning.messages import Value
 
-JUDGED = 256
-"""Training examples that trials are judged on where there are no held-out data, unless `max_eval_samples` is given."""
+JUDGED = 512
+"""Examples that trials are judged on, unless `max_eval_samples` says how many; a rung should cost more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +71,8 @@ class TrialReplica(ReplicaActor):
             (shard.spec.name, shard.start): shard.values.to("cpu", copy=True) for shard in self.replica.memory.shards()
         }
         self._verdicts = {epsilon: self._prove(epsilon) for epsilon in epsilons}
-        shards = -(-len(self._judged) // self.config.per_device_eval_batch_size)
-        judged = (self.task.eval_size, self.task.eval_shards) if self.task.eval_shards else (len(self._judged), shards)
-        return Entry(introduction, self._verdicts, self.task.train_size, *judged)
+        examples = sum(len(each) for each in self._batches)
+        return Entry(introduction, self._verdicts, self.task.train_size, examples, len(self._batches))
 
     def share(self, order: Order) -> tuple[Value, ...]:
         """Bring the weights to where they are wanted, and do a share of the work; one value for each part.
@@ -121,17 +118,29 @@ class TrialReplica(ReplicaActor):
 
     def _judge(self, step: int, shard: int) -> Evaluated:
         """The losses of one batch of the evaluation, example by example."""
-        if self.task.eval_shards:
-            batch = self.task.eval_batch(shard)
-        else:
-            size = self.config.per_device_eval_batch_size
-            batch = self.task.batch(self._judged[shard * size : (shard + 1) * size])
+        chosen = self._batches[shard]
+        batch = self.task.eval_batch(chosen[0] // self._size) if self.task.eval_shards else self.task.batch(chosen)
         rows = self.replica.evaluate({name: tensor.to(self.device) for name, tensor in batch.items()})
         losses = (rows.sums / rows.counts)[rows.counts > 0].tolist()
         return Evaluated(tuple(losses), 0 if rows.correct is None else int(rows.correct.sum()))
 
+    @property
+    def _size(self) -> int:
+        return self.config.per_device_eval_batch_size
+
     @cached_property
-    def _judged(self) -> npt.NDArray[np.int64]:
-        """Training examples to judge by where there are no others: those that a run comes to last."""
-        count = min(self.config.max_eval_samples or JUDGED, self.task.train_size)
-        return permutation(self.config.seed, self.task.train_size, 0)[-count:]
+    def _batches(self) -> list[list[int]]:
+        """The examples that trials are judged on, batch by batch.
+
+        They are held-out ones, in batches from all over the data, which may be sorted; or, where there are none, the
+        training examples that a run comes to last.
+        """
+        most, size = self.config.max_eval_samples or JUDGED, self._size
+        if total := self.task.eval_shards:
+            # What `max_eval_samples` asks for, the task has already.
+            count = total if self.config.max_eval_samples else min(total, -(-most // size))
+            starts = [i * total // count * size for i in range(count)]
+            return [list(range(start, min(start + size, self.task.eval_size))) for start in starts]
+        count = min(most, self.task.train_size)
+        last = permutation(self.config.seed, self.task.train_size, 0)[-count:].tolist()
+        return [last[start : start + size] for start in range(0, count, size)]

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from launch.tune import Search, plan_of
+from launch.tune_words import conclusion, facts, table
 from tests.simulation.tuning import GENESIS, RULES
-from zoray.config import RunConfig
-from zoray.errors import ConfigError, RunError
-from zoray.tuning import BASE, Evaluated, Note, Phase, Plan, Trial, begin, cost, grid, longest_within, make_plan, stand
+from zoray.commits import seal
+from zoray.config import RunConfig, dump, load
+from zoray.errors import ConfigError, NumericsError, RunError, ZorayError
+from zoray.tuning import (
+    BASE,
+    Evaluated,
+    Note,
+    Phase,
+    Plan,
+    Study,
+    Trial,
+    begin,
+    cost,
+    grid,
+    longest_within,
+    make_plan,
+    stand,
+)
 from zoray.tuning.folder import Judged, StudyFolder
 from zoray.tuning.grid import kept
 
@@ -116,7 +135,7 @@ def shifted(by: float) -> Evaluated:
     return Evaluated(tuple(loss + by + 0.001 * i for i, loss in enumerate(START.losses)))
 
 
-def studied(*rungs: dict[str, float], plan: Plan = PLAN, start: Evaluated = START):  # type: ignore[no-untyped-def]
+def studied(*rungs: dict[str, float], plan: Plan = PLAN, start: Evaluated = START) -> Study:
     """A study in which trials were evaluated so far from the start, rung by rung."""
     evaluations = {BASE: [start]}
     for rung in rungs:
@@ -212,3 +231,104 @@ def test_a_trial_is_a_run_of_its_own(tmp_path: Path) -> None:
     config = folder.trial(trial.name).config()
     assert (config.learning_rate, config.epsilon, config.max_steps) == (3e-5, 1e-4, 300)
     assert folder.has(trial) and config.run_name == trial.name
+
+
+def drawn(tmp_path: Path) -> tuple[StudyFolder, Study]:
+    """A study that is over, with ledgers of its trials."""
+    from tests.simulation.tuning import Carrier, World
+
+    carrier, folder = Carrier(PLAN, World(wild=5e-2)), StudyFolder(tmp_path / "s")
+    study = carrier.run(2)
+    folder.prepare(CONFIG, PLAN)
+    folder.judge(Judged("eval", 6, 2, True))
+    for trial in PLAN.trials:
+        commits = iter(carrier.ledgers[trial.name])
+        with folder.make_trial(CONFIG, trial, {}) as ledger:
+            for commit in commits:
+                ledger.append(seal(commit.step, commit.eta, commit.decay, commit.loss, commit.terms, ledger.head))
+    return folder, study
+
+
+def test_the_table_and_the_conclusion(tmp_path: Path) -> None:
+    folder, study = drawn(tmp_path)
+    standing, console = stand(study), Console(width=160, record=True)
+    console.print(table(standing, study))
+    text = console.export_text()
+    assert [line.split()[0] for line in text.splitlines()[1:]] == [*(race.name for race in standing.races), "base"]
+    assert "best" in text and "diverged: " in text and "cut: place" in text and "accuracy" not in text
+    said = "\n".join(conclusion(standing, study, folder))
+    assert "learning_rate: 0.0001\nepsilon: 0.001" in said
+    assert "the smallest that was tried" in said and "--learning-rates 3e-06,1e-05,3e-05,0.0001" in said
+    assert f"zoray resume {folder.trial(A).path}" in said
+    found = json.loads(json.dumps(facts(standing, study, folder)))
+    assert found["best"] == A and found["improves"] and len(found["trials"]) == 4
+
+
+def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.tune_plot import draw
+
+    folder, study = drawn(tmp_path)
+    draw(study, folder, 32)
+    assert folder.plot.read_bytes().startswith(b"\x89PNG") and folder.plot.stat().st_size > 20_000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="matplotlib") as caught:
+        draw(study, folder, 32)
+    assert "zoray[plot]" in str(caught.value.advice)
+
+
+def test_without_matplotlib_there_is_still_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launch import tune
+
+    folder, study = drawn(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    tune._conclude(study, folder, CONFIG, Console(width=160), tmp_path / "best.yaml", False)
+    text = capsys.readouterr().out
+    assert "no picture: Drawing needs matplotlib. pip install 'zoray[plot]'" in text and f"{A} " in text
+    best = load(tmp_path / "best.yaml", [])
+    assert (best.learning_rate, best.epsilon, best.seed) == (1e-4, 1e-3, CONFIG.seed)
+
+
+@pytest.mark.parametrize(
+    ("study", "kind", "status"),
+    [
+        (studied({A: 0.5, B: 0.5, C: 0.5, D: 0.5}), NumericsError, 8),
+        (studied(start=Evaluated((math.nan, 1.0))), NumericsError, 8),
+        (studied({A: 0.0, B: 0.0, C: 0.0, D: 0.0}, {A: 0.0, B: 0.0}), ZorayError, 1),
+    ],
+)
+def test_the_exit_status_means_something(study: Study, kind: type[ZorayError], status: int, tmp_path: Path) -> None:
+    from launch import tune
+
+    folder = StudyFolder(tmp_path / "s")
+    folder.prepare(CONFIG, PLAN)
+    folder.judge(Judged("train", 6, 2, False))
+    for trial in PLAN.trials:
+        folder.make_trial(CONFIG, trial, {}).close()
+    with pytest.raises(kind) as caught:
+        tune._conclude(study, folder, CONFIG, Console(quiet=True), tmp_path / "best.yaml", False)
+    assert caught.value.exit_code == status and caught.value.advice
+    assert not (tmp_path / "best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "write", "where"),
+    [
+        ({"memory": {"kind": "zero3", "shards": 2}}, None, "memory"),
+        ({"memory": {"kind": "streamed", "offload": "nvme", "nvme_path": "/x"}}, None, "memory"),
+        ({}, "there", "--write"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(
+    keys: dict[str, object], write: str | None, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch.tune import tune
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").touch()
+    config = RunConfig.model_validate({**CONFIG.model_dump(), **keys})
+    (tmp_path / "run.yaml").write_text(dump(config))
+    with pytest.raises(ConfigError) as caught:
+        tune("run.yaml", [], Search(), write=None if write is None else Path(write))
+    assert caught.value.where == where and not (tmp_path / "runs").exists()
