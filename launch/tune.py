@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.lock import held_by
 from launch.cluster import connect
 from launch.preflight import check_libraries, check_memory, check_paths
 from launch.train import Stopped, interrupts
@@ -90,7 +92,8 @@ def tune(
     if study is None:
         if address is not None:
             os.environ["RAY_ADDRESS"] = address
-        study = _search(config, plan, folder, console)
+        with _nothing_left_behind(folder):
+            study = _search(config, plan, folder, console)
     _conclude(study, folder, config, console, write, as_json)
 
 
@@ -152,6 +155,17 @@ def _check(config: RunConfig, write: Path | None) -> None:
 def _stem(config: RunConfig, config_path: str) -> str:
     stem = config.run_name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config_path).stem).strip("-.") or "run"
     return f"{stem}-tune"
+
+
+@contextmanager
+def _nothing_left_behind(folder: StudyFolder) -> Iterator[None]:
+    """Delete the folder of a study that fails before it has begun, unless it is another process's by then."""
+    try:
+        yield
+    except BaseException:
+        if folder.judged() is None and held_by(folder.path) is None:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
 
 
 def _search(config: RunConfig, plan: Plan, folder: StudyFolder, console: Console) -> Study:

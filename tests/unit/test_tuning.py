@@ -193,7 +193,11 @@ def test_a_model_without_a_finite_loss_ends_it_at_once() -> None:
 def test_a_folder_is_continued_only_by_the_same_search(tmp_path: Path) -> None:
     folder, config = StudyFolder(tmp_path / "s"), CONFIG
     plan = plan_of(config, Search())
-    assert not folder.prepare(config, plan) and folder.prepare(config, plan)
+    assert not folder.prepare(config, plan_of(config, Search(steps=60)))
+    # One that has not begun is no obstacle.
+    assert not folder.prepare(config, plan)
+    folder.judge(Judged("eval", 10, 2, True))
+    assert folder.prepare(config, plan)
     assert folder.prepare(config.model_copy(update={"replicas": 7, "learning_rate": 1.0}), plan)
     with pytest.raises(RunError, match="another seed: 0, not 1"):
         folder.prepare(config.model_copy(update={"seed": 1}), plan)

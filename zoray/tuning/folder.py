@@ -30,6 +30,9 @@ from zoray.tuning.race import Study
 
 SEARCHED = ("learning_rate", "epsilon")
 
+_OURS = {"study.yaml", "study.jsonl", "lock"}
+"""What there is of a study that has not begun."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -79,17 +82,17 @@ class StudyFolder:
         return RunFolder(self.path / "trials" / name)
 
     def prepare(self, config: RunConfig, plan: Plan) -> bool:
-        """Make the folder, or see that the study in it is this one; whether it was there.
+        """Make the folder, or see that the study in it is this one; whether it had begun.
 
         Raises:
             RunError: another study, or something else, has that name, or the folder cannot be made.
         """
         wanted = _description(config, plan)
         found = next((row for row in self.rows() if row["event"] == "plan"), None)
-        if found is not None:
+        if found is not None and self.judged() is not None:
             self._compare(found["plan"], wanted)
             return True
-        if self.path.exists() and any(each.name not in ("study.yaml", "lock") for each in self.path.iterdir()):
+        if self.path.exists() and any(each.name not in _OURS for each in self.path.iterdir()):
             raise RunError(
                 f"{self.name} exists already, and is no study.",
                 where=str(self.path),
@@ -97,6 +100,7 @@ class StudyFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.events.unlink(missing_ok=True)
             (self.path / "study.yaml").write_text(dump(config), encoding="utf-8")
             self.append({"event": "plan", "plan": wanted})
         except OSError as error:
