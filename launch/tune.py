@@ -77,6 +77,8 @@ def tune(
         ZorayError: no trial is better than the model as it is, as far as can be told.
         Stopped: it was stopped; the same command continues it.
     """
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
     config = load(config_path, overrides)
     plan = plan_of(config, search)
     _check(config, write)
@@ -90,8 +92,6 @@ def tune(
         console.print(line, markup=False)
     study = folder.finished(config, plan)
     if study is None:
-        if address is not None:
-            os.environ["RAY_ADDRESS"] = address
         with _nothing_left_behind(folder):
             study = _search(config, plan, folder, console)
     _conclude(study, folder, config, console, write, as_json)

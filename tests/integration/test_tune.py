@@ -27,7 +27,7 @@ from zoray.tuning import Assign, Finish, Phase, Standing, Study, Trial, grid, ma
 from zoray.tuning.folder import StudyFolder
 from zoray.tuning.messages import Value
 
-PLAN = make_plan(grid(1e-2, 1e-3, [3e-3, 1e-2, 3e-2, 3.0]), 6, 2, 2)
+PLAN = make_plan(grid(1e-2, 1e-3, [3e-3, 1e-2, 3e-2, 3.0], [1e-3]), 6, 2, 2)
 
 
 class WarmTrial:
@@ -165,7 +165,7 @@ def test_a_trial_is_the_beginning_of_its_run(undisturbed: Tuned, inputs: Inputs,
     assert len(whole.ledger) > len(undisturbed.ledgers[best.name])
 
 
-@pytest.mark.parametrize(("trial", "step", "evaluating"), [("lr0.01-eps0.001", 2, False), ("lr0.03-eps0.001", 6, True)])
+@pytest.mark.parametrize(("trial", "step", "evaluating"), [("lr0.01-eps0.001", 2, False), ("lr0.01-eps0.001", 6, True)])
 def test_a_replica_is_killed(
     trial: str, step: int, evaluating: bool, undisturbed: Tuned, tune: Tune, inputs: Inputs
 ) -> None:
