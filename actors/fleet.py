@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -29,6 +29,8 @@ class Fleet:
         snapshots: folder or URI where replicas save and look for snapshots.
         embedded: Ray runs on this machine for this run alone: more replicas than cores are slower, not refused.
     """
+
+    actor: ClassVar[type[ReplicaActor]] = ReplicaActor
 
     def __init__(self, config: RunConfig, snapshots: Path | str, embedded: bool = False) -> None:
         self.config, self._snapshots, self._embedded = config, str(snapshots), embedded
@@ -151,7 +153,7 @@ class Fleet:
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
         # Ray makes a class remote at run time, behind the back of any type checker.
-        remote: Any = ray.remote(ReplicaActor)
+        remote: Any = ray.remote(self.actor)
         return remote.options(**options).remote(name, self.config, self._snapshots, rank)
 
     def _kill(self, actor: Any) -> None:

@@ -24,6 +24,7 @@ from zoray.protocol.membership import (
     GiveUp,
     Launch,
     Leave,
+    Membership,
     MembershipEvent,
     NodesSeen,
     Note,
@@ -39,7 +40,7 @@ from zoray.runs import RunFolder
 from zoray.stores import is_uri
 
 _TICK = 0.1
-_VIEW_LAG = 2.0
+VIEW_LAG = 2.0
 _SETTLED = 10.0
 """Seconds of work after which the death of a replica is an accident, and no sign that it cannot work at all."""
 _ATTEMPTS = 10
@@ -55,6 +56,17 @@ def _patience(config: RunConfig) -> dict[str, float]:
     if not is_uri(config.snapshot_dir or ""):
         return reading
     return {**reading, "find_snapshots": STORE_PATIENCE, "join": STORE_PATIENCE}
+
+
+def members_of(config: RunConfig, embedded: bool) -> Membership:
+    """The membership of a run that has no replica yet."""
+    minimum, maximum, wanted = config.replica_limits
+    if embedded and maximum is not None:
+        wanted = max(minimum, min(maximum, (os.cpu_count() or 1) // int(config.needs["CPU"])))
+    # Where there is only one machine, there is no other to prefer.
+    avoided = {"node_strikes": 1 << 30} if embedded else {}
+    policy = Policy(minimum, maximum, settled_after=_SETTLED, hopeless_after=_ATTEMPTS, **avoided)
+    return initial_membership(policy, wanted)
 
 
 class Roster:
@@ -87,13 +99,7 @@ class Roster:
             ready=self._ready,
             failed=self._failed,
         )
-        minimum, maximum, wanted = config.replica_limits
-        if embedded and maximum is not None:
-            wanted = max(minimum, min(maximum, (os.cpu_count() or 1) // int(config.needs["CPU"])))
-        # Where there is only one machine, there is no other to prefer.
-        avoided = {"node_strikes": 1 << 30} if embedded else {}
-        policy = Policy(minimum, maximum, settled_after=_SETTLED, hopeless_after=_ATTEMPTS, **avoided)
-        self.members = initial_membership(policy, wanted)
+        self.members = members_of(config, embedded)
         self.hopeless: str | None = None
         self._closed = False
         self._patience = 0.0 if embedded else config.start_timeout
@@ -154,7 +160,7 @@ class Roster:
     def _hold(self, config: RunConfig) -> None:
         """Start replicas with another memory from now on, once it is seen what room the machines have for them."""
         self.fleet.hold(config)
-        self._rebalance(NodesSeen((), time.monotonic() - _VIEW_LAG))
+        self._rebalance(NodesSeen((), time.monotonic() - VIEW_LAG))
 
     def gone(self, name: str, reason: str, fault: bool) -> None:
         """End a replica's process, if it has not ended; a fault counts against its machine."""
@@ -190,7 +196,7 @@ class Roster:
 
     def _look(self, machines: tuple[NodeView, ...], config: RunConfig) -> None:
         # What was started a moment ago may not be in Ray's view of a machine's free resources yet.
-        seen = NodesSeen(machines, time.monotonic() - _VIEW_LAG)
+        seen = NodesSeen(machines, time.monotonic() - VIEW_LAG)
         self._inbox.put(partial(self._seen, seen, config))
         self._inbox.put(self.admission.check)
 

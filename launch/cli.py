@@ -109,6 +109,44 @@ def plan(
     foresee(config, overrides or [], device_memory, host_memory, devices_per_machine, as_json)
 
 
+@app.command()
+def tune(
+    config: Config,
+    overrides: Overrides = None,
+    learning_rates: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Those to try, as 1e-6,1e-5; by default six around the configuration's."),
+    ] = None,
+    epsilons: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The same of epsilon; by default the configuration's and another, ten times off."),
+    ] = None,
+    rungs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="How often trials are compared; by default up to 3."),
+    ] = None,
+    eta: Annotated[int, typer.Option(min=2, help="One of so many trials goes on to the next rung.")] = 3,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Steps of the last rung; by default a tenth of max_steps, at least 30."),
+    ] = None,
+    budget: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Instead: forward passes of all trials together."),
+    ] = None,
+    name: Annotated[Optional[str], typer.Option(help="Name of the study's folder.")] = None,  # noqa: UP045
+    write: Annotated[Optional[Path], typer.Option(help="Write the configuration with the best values.")] = None,  # noqa: UP045
+    address: Annotated[Optional[str], typer.Option(help="Address of Ray (also RAY_ADDRESS).")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Search learning rate and epsilon on the run's own task by successive halving; repeated, it continues."""
+    from launch.tune import Search
+    from launch.tune import tune as search
+
+    asked = Search(learning_rates, epsilons, rungs, eta, steps, budget)
+    search(config, overrides or [], asked, name=name, write=write, address=address, as_json=as_json)
+
+
 JobServer = Annotated[
     Optional[str],  # noqa: UP045 (typer reads the annotation on Python 3.10)
     typer.Option("--address", help="Ray's job server, as http://HEAD:8265 (also RAY_ADDRESS)."),

@@ -126,8 +126,8 @@ def check_port(config: RunConfig) -> None:
             ) from error
 
 
-def check_memory(config: RunConfig) -> None:
-    """Refuse to start more replicas on this machine than its free memory can hold.
+def check_memory(config: RunConfig, copies: int = 1) -> None:
+    """Refuse to start more replicas on this machine than its free memory can hold, with so many copies of the weights.
 
     Only where the replicas will run here on processors, and the model is a local folder of safetensors.
 
@@ -137,7 +137,7 @@ def check_memory(config: RunConfig) -> None:
     weights = count_weights(Path(config.model))
     if weights is None or os.environ.get("RAY_ADDRESS") or config.gpus_per_replica:
         return
-    each = host_bytes(config, weights)
+    each = host_bytes(config, weights * copies)
     free = psutil.virtual_memory().available
     minimum, maximum, wanted = config.replica_limits
     replicas = wanted if maximum is None else minimum

@@ -139,7 +139,7 @@ def _follow(
             folder.write_config(config)
     watcher.begin(prepared, place)
     running = coordinator.run.remote()
-    with _interrupts(lambda: coordinator.stop.remote()) as interrupted:
+    with interrupts(lambda: coordinator.stop.remote()) as interrupted:
         try:
             while not ray.wait([running], timeout=watcher.interval)[0]:
                 watcher.show(_receive(coordinator.progress.remote(), folder), stopping=interrupted.is_set())
@@ -251,7 +251,7 @@ def _conclude(finish: Any, folder: RunFolder, by_signal: bool) -> None:
 
 
 @contextmanager
-def _interrupts(stop: Any) -> Iterator[threading.Event]:
+def interrupts(stop: Any) -> Iterator[threading.Event]:
     """Turn Ctrl-C and SIGTERM into a stop at the next step boundary for the time of the block."""
     asked = threading.Event()
 

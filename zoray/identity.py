@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -106,6 +107,11 @@ def ledger_header(config: RunConfig, identity: Identity, task: Task) -> dict[str
         "labels": {"num_labels": task.num_labels, "id2label": _string_keys(task.id2label)},
         "mathematics": mathematics(config),
     }
+
+
+def own_header(header: Mapping[str, Any], identity: Identity, config: RunConfig) -> dict[str, Any]:
+    """The header of a ledger of the same model and data with another configuration, and the paths proved for that."""
+    return {**header, "identity": _recorded(identity), "mathematics": mathematics(config)}
 
 
 def check_header(header: dict[str, Any], identity: Identity, config: RunConfig, where: str) -> None:

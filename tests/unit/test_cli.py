@@ -85,7 +85,7 @@ def test_version(zoray: Zoray) -> None:
     assert zoray("--version") == (0, f"zoray {__version__}\n", "")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["export", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["export", "--help"], ["tune", "--help"]])
 def test_nothing_heavy_is_imported_to_answer_at_once(words: list[str]) -> None:
     heavy = ["torch", "ray", "transformers", "numpy", "pyarrow", "safetensors", "matplotlib", "yaml", "zoray.config"]
     if words[0].startswith("-"):

@@ -34,6 +34,7 @@ LAYERS = (
     {"replica"},
     {"protocol"},
     {"tasks", "runs", "shelf"},
+    {"tuning"},
     {"models"},
     {"planning"},
     {"identity"},
@@ -44,7 +45,19 @@ LAYERS = (
 FOREIGN_TO_CORE = ("ray", "deepspeed", "prometheus_client")
 DOOR = "zoray.memory.zero3"
 """The only module that may name DeepSpeed, and imports it late."""
-LIGHT = ("errors", "files", "stores", "schedule", "commits", "optim", "config", "ledger", "aggregate", "protocol")
+LIGHT = (
+    "errors",
+    "files",
+    "stores",
+    "schedule",
+    "commits",
+    "optim",
+    "config",
+    "ledger",
+    "aggregate",
+    "protocol",
+    "tuning",
+)
 """What the command line and the coordinator load: never torch or transformers, which take seconds."""
 
 
