@@ -31,6 +31,7 @@ class ProbeResult:
         projected_gradient: <grad L, z>, or what the estimator has for it: two-sided SPSA
             (L(theta + epsilon z) - L(theta - epsilon z)) / (2 epsilon).
         loss: mean of the two losses; of other estimators, the loss at theta.
+        curvature: z'Hz, the second difference of the loss along the direction; nan where it was not measured.
     """
 
     step: int
@@ -38,6 +39,7 @@ class ProbeResult:
     microbatch: int
     projected_gradient: float
     loss: float
+    curvature: float = math.nan
 
     @classmethod
     def of_losses(
@@ -52,6 +54,11 @@ class ProbeResult:
     ) -> ProbeResult:
         """The probe of the losses (float64) at theta + epsilon z and at theta itself, as FZOO has it (2506.09034)."""
         return cls(step, direction, microbatch, float32((plus - centre) / epsilon), float32(centre))
+
+
+def second_difference(mean: float, centre: float, epsilon: float) -> float:
+    """z'Hz of the mean of the losses at theta +- epsilon z and the loss at theta."""
+    return 2 * (mean - centre) / epsilon**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,10 @@ def aggregate(
     rows = [[table[k, m].projected_gradient for m in range(microbatches)] for k in range(directions)]
     noise = disagreement([row for row, g in zip(rows, gradients, strict=True) if not math.isnan(g)])
     state = optimizer.initial() if state is None else state
-    update = optimizer.update(state, step, bounded, noise) if losses else optimizer.idle(state, step, directions)
+    if losses:
+        update = optimizer.update(state, step, bounded, noise, table[0, 0].curvature)
+    else:
+        update = optimizer.idle(state, step, directions)
     coefficients, scale = _quantise([weight for *_, weight in update.terms])
     eta = float32(learning_rate * scale / directions)
     decay = float32(1.0 - learning_rate * weight_decay) if losses else 1.0

@@ -65,11 +65,13 @@ class Prober:
         """One of the two `losses` alone (float64), bit for bit; for probes of two forwards only.
 
         Sign 0 is L(theta), whatever the direction: by the same kernels, so that what a difference is made of is rounded
-        alike.
+        alike. It may be asked for where both signs are in one forward, too.
 
         Raises:
             ModelError: both signs are in one forward on the proved path, whose losses have other last bits.
         """
+        if self.verdict.batched and sign == 0:
+            return self.losses(step, direction, batch, 0.0)[0]
         if self.verdict.batched:
             raise ModelError(
                 "Both signs of a probe are in one forward here, and cannot be split.",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from zoray.aggregate import ProbeResult
+from zoray.aggregate import ProbeResult, second_difference
 from zoray.commits import Commit
 from zoray.digest import tensor_digest
 from zoray.directions import Directions
@@ -110,19 +111,42 @@ class Replica:
         """The paths in use; None before the first probe."""
         return None if self._prober is None else self._prober.verdict
 
-    def probe(self, step: int, direction: int, batch: Batch, epsilon: float, microbatch: int = 0) -> ProbeResult:
+    def probe(
+        self,
+        step: int,
+        direction: int,
+        batch: Batch,
+        epsilon: float,
+        microbatch: int = 0,
+        *,
+        curved: bool = False,
+    ) -> ProbeResult:
         """Projected gradient and mean loss at the current weights along one direction; the weights are not touched.
 
         Args:
             step, direction, microbatch: the probe's address.
             batch: inputs of the model with `labels`, B rows.
             epsilon: distance of the evaluations from the weights; estimators that differentiate do not use it.
+            curved: measure the curvature along the direction too, as `Optimizer(normalize="curvature")` wants it of a
+                step's first probe. Takes L(theta) as well; of "one_sided", the loss on the other side.
+
+        Raises:
+            ConfigError: the curvature is asked of an estimator that differentiates.
         """
         if self._estimator is None:
             self.prove(batch, epsilon)
         assert self._estimator is not None
         with self.memory.forwards():
-            return self._estimator.probe(step, direction, batch, epsilon, microbatch)
+            result = self._estimator.probe(step, direction, batch, epsilon, microbatch)
+        if not curved:
+            return result
+        if self._kind.differentiates:
+            raise ConfigError("There are no losses beside the weights to find the curvature from.", where="estimator")
+        mean = result.loss
+        if self._kind is not ESTIMATORS["spsa"]:
+            mean = (self.side(step, direction, batch, epsilon, 1) + self.side(step, direction, batch, epsilon, -1)) / 2
+        centre = self.side(step, direction, batch, epsilon, 0)
+        return replace(result, curvature=second_difference(mean, centre, epsilon))
 
     def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Sign) -> float:
         """Mean loss (float64) at theta + sign epsilon z: half of a `probe` of two forwards (`signs` sequential).

@@ -85,7 +85,7 @@ def draw(rng: random.Random) -> tuple[Problem, Chaos, int]:
     )
     replicas = rng.choice([1, 2, 3, 5, 8])
     optimizer = Optimizer(
-        normalize=rng.choice(["none", "second_moment"]),
+        normalize=rng.choice(["none", "second_moment", "none" if settings.by_batch else "curvature"]),
         momentum=(momentum := rng.choice([0.0, 0.5])),
         nesterov=momentum > 0 and rng.random() < 0.5,
         width=Width(settings.directions, 2 * settings.directions + 1) if rng.random() < 0.5 else None,

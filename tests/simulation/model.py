@@ -6,13 +6,13 @@ import functools
 import hashlib
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from tests.simulation.disk import empty_ledger
-from zoray.aggregate import ProbeResult, aggregate
+from zoray.aggregate import ProbeResult, aggregate, second_difference
 from zoray.commits import HASH_SIZE, Commit
 from zoray.protocol import DigestValue, EvalSums, Evaluation, Item, Kind, Payload, ProbeScalars, Settings, SideLoss
 from zoray.protocol.decide import evaluation
@@ -72,7 +72,7 @@ class Problem:
         address = (item.step * 7 + item.direction) * 3 + item.microbatch
         if item.step in self.broken_steps or (self.broken_every and address % self.broken_every == 0):
             plus = math.inf
-        sides = {Kind.PLUS: plus, Kind.CENTRE: (plus + minus) / 2, Kind.MINUS: minus}
+        sides = {Kind.PLUS: plus, Kind.CENTRE: (plus + minus) / 2 - 0.01 * epsilon, Kind.MINUS: minus}
         if item.kind in sides:
             return SideLoss(sides[item.kind], 0.5, 0.5)
         both = ProbeResult.of_losses(item.step, item.direction, item.microbatch, plus, minus, epsilon)
@@ -92,6 +92,17 @@ class Golden:
 
 
 def _probe(problem: Problem, weights: Weights, step: int, index: int, microbatch: int) -> ProbeResult:
+    result = _plain_probe(problem, weights, step, index, microbatch)
+    if not problem.settings.optimizer.wants_curvature or index or microbatch:
+        return result
+    kinds = (Kind.PLUS, Kind.CENTRE, Kind.MINUS)
+    sides = [problem.run(weights, Item(kind, step)) for kind in kinds]
+    plus, centre, minus = (side.loss for side in sides if isinstance(side, SideLoss))
+    mean = (plus + minus) / 2 if problem.settings.one_sided else result.loss
+    return replace(result, curvature=second_difference(mean, centre, problem.settings.epsilon))
+
+
+def _plain_probe(problem: Problem, weights: Weights, step: int, index: int, microbatch: int) -> ProbeResult:
     if problem.settings.one_sided:
         items = Item(Kind.PLUS, step, index, microbatch), Item(Kind.CENTRE, step, 0, microbatch)
         plus, centre = (side.loss for item in items if isinstance(side := problem.run(weights, item), SideLoss))

@@ -228,6 +228,8 @@ def test_wrong_values(file: Path, override: str, words: list[str]) -> None:
         (["directions=66053", "direction.rank=2"], ["not below 2**24", "at most 66052"]),
         (["lr_scheduler_type=polynomial", "learning_rate=1e-7"], ["ends at 1e-07", "linear"]),
         (["learning_rate=1", "weight_decay=1"], ["not positive"]),
+        (["directions=1", "optimizer={shaping: rank}"], ["there is one", "second_moment"]),
+        (["estimator=backprop", "optimizer={normalize: curvature}"], ["estimator backprop has none", "second_moment"]),
         (["estimator=one_sided"], ["shared_batches is false", "Set shared_batches to true"]),
         (["estimator=one_sided", "shared_batches=true", "signs=batched"], ["signs is batched", "Leave signs out"]),
         (["estimator=forward_gradient", "signs=batched"], ["no two signs", "signs is batched"]),

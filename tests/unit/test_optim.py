@@ -16,6 +16,7 @@ from zoray.aggregate import Aggregate, ProbeResult, aggregate
 from zoray.commits import Commit, float32
 from zoray.errors import ConfigError, NumericsError
 from zoray.optim import SGD, Optimizer, Width
+from zoray.optim.curvature import CurvatureState, added, cautious
 from zoray.optim.optimizer import FORGOTTEN
 from zoray.optim.shaping import SHAPINGS, shaped
 from zoray.optim.width import CLEAR, NOISY, WidthState, disagreement
@@ -26,13 +27,13 @@ gradient_lists = st.lists(finite, min_size=2, max_size=9)
 optimizers = st.builds(
     lambda shaping, normalize, momentum, nesterov, width: Optimizer(
         shaping=shaping,
-        normalize=normalize if shaping in ("none", "guided") else "none",
+        normalize=normalize if shaping in ("none", "centered", "guided") else "none",
         momentum=momentum,
         nesterov=nesterov and momentum > 0,
         width=Width(3, 11) if width else None,
     ),
     st.sampled_from(SHAPINGS),
-    st.sampled_from(["none", "loss_deviation", "second_moment"]),
+    st.sampled_from(["none", "loss_deviation", "second_moment", "curvature"]),
     st.sampled_from([0.0, 0.3, 0.9]),
     st.booleans(),
     st.booleans(),
@@ -43,7 +44,8 @@ def decide(
     optimizer: Optimizer, state: Any, step: int, rows: Sequence[Sequence[float]], previous: bytes = bytes(32)
 ) -> Aggregate:
     """The commit of a step whose directions gave `rows`, one projected gradient for each microbatch."""
-    results = [ProbeResult(step, k, m, float32(g), 1.0) for k, row in enumerate(rows) for m, g in enumerate(row)]
+    addressed = [(k, m, g) for k, row in enumerate(rows) for m, g in enumerate(row)]
+    results = [ProbeResult(step, k, m, float32(g), 1.0, 5.0 + step) for k, m, g in addressed]
     return aggregate(
         step, results, directions=len(rows), microbatches=len(rows[0]), learning_rate=RATE, previous=previous,
         optimizer=optimizer, state=state,
@@ -146,11 +148,55 @@ def test_loss_deviation_is_fzoos() -> None:
         assert moves([commit])[0, k] == pytest.approx(-RATE / 4 * (loss - baseline) / sigma, abs=RATE / 4 / 127 * 2)
 
 
+@given(st.integers(1, 300), st.floats(0, 0.99))
+def test_a_running_curvature_is_a_mean_and_its_error(count: int, beta: float) -> None:
+    samples = torch.randn(count, generator=torch.Generator().manual_seed(count)).double() * 5 + 20
+    state = CurvatureState()
+    assert cautious(state, beta) == 0.0
+    for sample in samples.tolist():
+        state = added(state, sample, beta)
+    weights = torch.tensor([beta ** (count - 1 - k) for k in range(count)], dtype=torch.float64)
+    mean = (weights * samples).sum() / weights.sum()
+    effective = weights.sum() ** 2 / weights.square().sum()
+    error = ((weights * samples.square()).sum() / weights.sum() / effective).sqrt()
+    assert cautious(state, beta) == pytest.approx(float(mean + error), rel=1e-4)
+
+
+def test_samples_of_the_curvature_that_say_nothing() -> None:
+    state = added(CurvatureState(), -3.0, 0.9)
+    # At a saddle the step is small, and never upside down.
+    assert cautious(state, 0.9) == pytest.approx(3.0)
+    for sample in (math.nan, math.inf, -math.inf, 1e30):
+        assert added(state, sample, 0.9) == state
+
+
+def test_one_rate_descends_quadratics_of_any_curvature() -> None:
+    """Plain SGD with one rate would stand still on the flat one or leave the steep one."""
+    for sharpness in (1e-3, 1.0, 1e4):
+        optimizer, size = Optimizer(normalize="curvature"), 40
+        scales = sharpness * torch.linspace(0.1, 2, size, dtype=torch.float64)
+        theta, state = torch.ones(size, dtype=torch.float64), optimizer.initial()
+        generator = torch.Generator().manual_seed(0)
+        for step in range(150):
+            signs = torch.randint(0, 2, (4, size), generator=generator).double() * 2 - 1
+            slopes, curvature = signs @ (scales * theta), float(scales @ signs[0].square())
+            results = [ProbeResult(step, k, 0, float32(g), 1.0, curvature) for k, g in enumerate(slopes.tolist())]
+            decided = aggregate(
+                step, results, directions=4, microbatches=1, learning_rate=0.5, previous=bytes(32),
+                optimizer=optimizer, state=state,
+            ).commit  # fmt: skip
+            state = optimizer.after(state, decided)
+            theta -= decided.eta * sum(c * signs[k] for _, k, c in decided.terms)
+        loss = float(scales @ theta.square() / scales.sum())
+        assert loss < 0.05, sharpness
+
+
 @given(gradient_lists)
 def test_shapes(gradients: list[float]) -> None:
     count = len(gradients)
     assert shaped(gradients, "none") == gradients
     assert all(w == (g > 0) - (g < 0) for w, g in zip(shaped(gradients, "sign"), gradients, strict=True))
+    assert sum(shaped(gradients, "centered")) == pytest.approx(0, abs=1e-9 * max(1, *map(abs, gradients)) * count)
     ranks, scores, guided = (shaped(gradients, kind) for kind in ("rank", "zscore", "guided"))  # type: ignore[arg-type]
     order = sorted(range(count), key=lambda k: gradients[k])
     for kind in (ranks, scores):
@@ -163,7 +209,7 @@ def test_shapes(gradients: list[float]) -> None:
 
 
 def test_shapes_of_equal_gradients_do_nothing() -> None:
-    for kind in ("zscore", "rank", "guided"):
+    for kind in ("centered", "zscore", "rank", "guided"):
         assert shaped([2.0, 2.0, 2.0], kind) == [0.0, 0.0, 0.0]  # type: ignore[arg-type]
 
 

@@ -13,20 +13,22 @@ from zoray.config.sections import Section, fault, key
 class OptimizerConfig(Section):
     """From projected gradients to an update. All of it happens in the coordinator, before the commit."""
 
-    shaping: Literal["none", "sign", "zscore", "rank", "guided"] = key(
+    shaping: Literal["none", "centered", "sign", "zscore", "rank", "guided"] = key(
         "none",
-        "What a projected gradient counts for: itself (`none`), its sign, its z-score or its centred rank among the "
+        "What a projected gradient counts for: itself (`none`), itself less the step's mean (`centered`, which rids "
+        "one-sided probes of their bias), its sign, its z-score or its centred rank among the "
         "step's (evolution strategies), or, with `guided`, only the best and the worst quarter of the directions do.",
         mathematics=True,
     )
-    normalize: Literal["none", "loss_deviation", "second_moment"] = key(
+    normalize: Literal["none", "loss_deviation", "second_moment", "curvature"] = key(
         "none",
         "What projected gradients are divided by, so that one learning rate serves losses of any scale: their standard "
-        "deviation in the step (`loss_deviation`, as in FZOO), or the root of a running mean of their squares "
-        "(`second_moment`, as in MEAZO).",
+        "deviation in the step (`loss_deviation`, as in FZOO), the root of a running mean of their squares "
+        "(`second_moment`, as in MEAZO), or the curvature of the loss, which one evaluation more per step measures "
+        "(`curvature`; the learning rate is then a number below 1, for any model).",
         mathematics=True,
     )
-    beta2: float = key(0.99, "Decay of that running mean.", mathematics=True, ge=0, lt=1)
+    beta2: float = key(0.9, "Decay of the running means.", mathematics=True, ge=0, lt=1)
     momentum: float = key(
         0.0,
         "Heavy-ball momentum, as in `torch.optim.SGD`: commits then have the directions of earlier steps as well.",
@@ -55,7 +57,7 @@ class OptimizerConfig(Section):
             raise fault("optimizer.nesterov", "Nesterov's momentum has no momentum.", "Give optimizer.momentum.")
         if self.momentum_window is not None and not self.momentum:
             raise fault("optimizer.momentum_window", "A window without momentum.", "Give optimizer.momentum.")
-        if self.normalize != "none" and self.shaping not in ("none", "guided"):
+        if self.normalize != "none" and self.shaping not in ("none", "centered", "guided"):
             raise fault(
                 "optimizer.normalize",
                 f"The weights of shaping {self.shaping} have no scale that could be normalised.",

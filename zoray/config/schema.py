@@ -374,6 +374,12 @@ class RunConfig(Section):
                 "follows from how much the microbatches of a direction disagree.",
                 "Set microbatches to 2 or more, and optimizer.max_directions to directions or more.",
             )
+        if self.optimizer.normalize == "curvature" and self.estimator not in ("spsa", "one_sided"):
+            raise fault(
+                "optimizer.normalize",
+                f"The curvature is found from losses beside the weights, and estimator {self.estimator} has none.",
+                "Set estimator to spsa or one_sided, or optimizer.normalize to second_moment.",
+            )
         compared = self.optimizer.normalize == "loss_deviation" or self.optimizer.shaping in (
             "zscore",
             "rank",

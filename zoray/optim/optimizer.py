@@ -18,10 +18,13 @@ from typing import Literal, get_args
 
 from zoray.commits import Commit, float32
 from zoray.errors import ConfigError, NumericsError
+from zoray.optim.curvature import UNKNOWN, CurvatureState, added, cautious
 from zoray.optim.shaping import SHAPINGS, Shaping, deviation, mean_square, shaped
 from zoray.optim.width import Width, WidthState
 
-Normalize = Literal["none", "loss_deviation", "second_moment"]
+Normalize = Literal["none", "loss_deviation", "second_moment", "curvature"]
+
+_REMEMBERING = ("second_moment", "curvature")
 
 FORGOTTEN = 0.05
 """A step that weighs less than this beside the newest is out of the momentum window, unless its length is given."""
@@ -44,10 +47,12 @@ class OptimizerState:
         seen: steps in that mean.
         past: the steps of the momentum window, oldest first.
         width: how many directions the next step has, where that is adaptive.
+        curvature: the curvature of the loss, where it is measured.
     """
 
     second_moment: float = 0.0
     seen: int = 0
+    curvature: CurvatureState = UNKNOWN
     past: tuple[Past, ...] = ()
     width: WidthState | None = None
 
@@ -58,12 +63,13 @@ class Update:
 
     Attributes:
         terms: (step, index, weight) of each direction: those of this step last, all of them, in order.
-        moment, seen, width: the state of the same names after this step.
+        moment, seen, curvature, width: the state of the same names after this step.
     """
 
     terms: tuple[tuple[int, int, float], ...]
     moment: float
     seen: int
+    curvature: CurvatureState
     width: WidthState | None
 
 
@@ -78,8 +84,9 @@ class Optimizer:
         normalize: what the weights are divided by, so that one learning rate serves losses of any scale:
             "loss_deviation", the standard deviation of the step's own projected gradients, which is that of its losses
             over epsilon (FZOO, arXiv 2506.09034); "second_moment", the root of a running mean of their squares (a
-            scalar where Adam has one for each parameter, as in MEAZO); "none", nothing.
-        beta2: decay of that mean, which is corrected for its start at 0 as in Adam.
+            scalar where Adam has one for each parameter, as in MEAZO); "curvature", the curvature of the loss over K,
+            which makes the learning rate a number without a unit, below 1 (`zoray.optim.curvature`); "none", nothing.
+        beta2: decay of the running means, which are corrected for their start at 0 as in Adam.
         momentum: mu of heavy-ball momentum, m <- mu m + g (as `torch.optim.SGD` has it, without dampening).
         nesterov: look ahead: the update is g + mu m.
         momentum_window: steps the momentum reaches back, this one included; by default those that weigh 5 % or more.
@@ -91,7 +98,7 @@ class Optimizer:
 
     shaping: Shaping = "none"
     normalize: Normalize = "none"
-    beta2: float = 0.99
+    beta2: float = 0.9
     momentum: float = 0.0
     nesterov: bool = False
     momentum_window: int | None = None
@@ -110,7 +117,7 @@ class Optimizer:
         if self.momentum_window is not None and not (self.momentum and self.momentum_window >= 1):
             advice = "give a momentum and a window of one step or more, or leave both out"
             raise ConfigError(f"momentum_window = {self.momentum_window}", where="momentum_window", advice=advice)
-        if self.normalize != "none" and self.shaping not in ("none", "guided"):
+        if self.normalize != "none" and self.shaping not in ("none", "centered", "guided"):
             what = f"the weights of shaping {self.shaping} have no scale that could be normalised"
             raise ConfigError(what, where="normalize", advice="leave normalize or shaping out")
 
@@ -124,7 +131,12 @@ class Optimizer:
     @property
     def reach(self) -> int:
         """How many of the last commits `restore` needs."""
-        return max(self.window - 1, int(self.normalize == "second_moment" or self.width is not None))
+        return max(self.window - 1, int(self.normalize in _REMEMBERING or self.width is not None))
+
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether the first probe of each step also has to measure the curvature along its direction."""
+        return self.normalize == "curvature"
 
     def initial(self) -> OptimizerState:
         """The state before the first step."""
@@ -138,7 +150,12 @@ class Optimizer:
         return state
 
     def update(
-        self, state: OptimizerState, step: int, gradients: Sequence[float], disagreement: float = math.nan
+        self,
+        state: OptimizerState,
+        step: int,
+        gradients: Sequence[float],
+        disagreement: float = math.nan,
+        curvature: float = math.nan,
     ) -> Update:
         """What the projected gradients of `step` come to.
 
@@ -147,6 +164,7 @@ class Optimizer:
             step: number of the step.
             gradients: of each direction; nan for one that is left out, whose weight is 0. One at least is finite.
             disagreement: see `zoray.optim.width`.
+            curvature: z'Hz as the step's first probe measured it.
 
         Raises:
             NumericsError: the projected gradients are too large to be squared.
@@ -154,7 +172,10 @@ class Optimizer:
         finite = [k for k, gradient in enumerate(gradients) if not math.isnan(gradient)]
         counted = shaped([gradients[k] for k in finite], self.shaping)
         moment, seen = self._moment(state, counted)
+        curved = added(state.curvature, curvature, self.beta2) if self.wants_curvature else state.curvature
         divisor = self._divisor(counted, moment, seen)
+        if self.wants_curvature:
+            divisor = cautious(curved, self.beta2) / len(gradients)
         weights = [0.0] * len(gradients)
         for k, weight in zip(finite, counted, strict=True):
             weights[k] = weight / divisor if divisor else 0.0
@@ -170,12 +191,12 @@ class Optimizer:
         width = state.width
         if self.width is not None and width is not None:
             width = self.width.next(width, disagreement)
-        return Update(tuple(terms), moment, seen, width)
+        return Update(tuple(terms), moment, seen, curved, width)
 
     def idle(self, state: OptimizerState, step: int, directions: int) -> Update:
         """A step without a finite probe: no direction counts, and everything stays as it was."""
         terms = tuple((step, k, 0.0) for k in range(directions))
-        return Update(terms, state.second_moment, state.seen, state.width)
+        return Update(terms, state.second_moment, state.seen, state.curvature, state.width)
 
     def notes(self, update: Update, scale: float) -> tuple[float, ...]:
         """What the commit of an update keeps for `after`, beside its terms; float32 each.
@@ -186,21 +207,27 @@ class Optimizer:
         notes: tuple[float, ...] = (float32(scale / self._own),) if self.momentum else ()
         if self.normalize == "second_moment":
             notes += (update.moment, float(update.seen))
+        if self.wants_curvature:
+            notes += update.curvature.notes
         return notes + (update.width.notes if update.width is not None else ())
 
     def after(self, state: OptimizerState, commit: Commit) -> OptimizerState:
         """The state after `commit`, from what the commit says alone: live and resumed runs go on alike."""
         notes = iter(commit.notes)
         moment, seen, past, width = state.second_moment, state.seen, state.past, state.width
+        curvature = state.curvature
         if self.momentum:
             unit = next(notes, 0.0)
             weights = tuple(unit * c for step, _, c in commit.terms if step == commit.step)
             past = (*past, Past(commit.step, weights))[-max(1, self.window - 1) :]
         if self.normalize == "second_moment":
             moment, seen = next(notes, moment), int(next(notes, seen))
+        if self.wants_curvature:
+            mean, square, count = islice(notes, 3)
+            curvature = CurvatureState(mean, square, int(count))
         if self.width is not None:
             width = self.width.read(tuple(islice(notes, 2)))
-        return OptimizerState(moment, seen, past, width)
+        return OptimizerState(moment, seen, curvature, past, width)
 
     @property
     def _own(self) -> float:

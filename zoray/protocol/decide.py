@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from zoray.aggregate import ProbeResult, aggregate
+from zoray.aggregate import ProbeResult, aggregate, second_difference
 from zoray.errors import NumericsError
 from zoray.protocol.assign import release
 from zoray.protocol.messages import (
@@ -15,6 +15,7 @@ from zoray.protocol.messages import (
     EvalSums,
     Evaluation,
     Finish,
+    Item,
     Kind,
     ProbeScalars,
     Report,
@@ -69,7 +70,21 @@ def _probes(state: State) -> list[ProbeResult]:
             other = state.results[beside].payload
             assert isinstance(other, SideLoss)
             found.append(put_together(*address, payload.loss, other.loss, state.settings.epsilon))
+    if state.settings.optimizer.wants_curvature:
+        found = [replace(p, curvature=_curvature(state, p)) if p.direction == p.microbatch == 0 else p for p in found]
     return found
+
+
+def _curvature(state: State, first: ProbeResult) -> float:
+    """z'Hz along the first direction, from its losses on both sides and the one at the weights themselves."""
+
+    def loss(kind: Kind) -> float:
+        payload = state.results[Item(kind, state.step)].payload
+        assert isinstance(payload, SideLoss)
+        return payload.loss
+
+    mean = (loss(Kind.PLUS) + loss(Kind.MINUS)) / 2 if state.settings.one_sided else first.loss
+    return second_difference(mean, loss(Kind.CENTRE), state.settings.epsilon)
 
 
 def _effort(state: State) -> list[ProbeScalars | SideLoss]:

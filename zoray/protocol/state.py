@@ -266,11 +266,13 @@ def _probing(state: State) -> list[Item]:
     directions, batches = range(state.directions), range(settings.microbatches)
     if settings.one_sided:
         centres = [Item(Kind.CENTRE, step, 0, m) for m in batches]
-        return [*centres, *(Item(Kind.PLUS, step, k, m) for k in directions for m in batches)]
+        other = [Item(Kind.MINUS, step)] if settings.optimizer.wants_curvature else []
+        return [*centres, *other, *(Item(Kind.PLUS, step, k, m) for k in directions for m in batches)]
+    centre = [Item(Kind.CENTRE, step)] if settings.optimizer.wants_curvature else []
     if settings.by_batch:
         return [Item(Kind.PROBE, step, k, m) for m in batches for k in directions]
     kinds = (Kind.PLUS, Kind.MINUS) if settings.split_signs else (Kind.PROBE,)
-    return [Item(kind, step, k, m) for k in directions for m in batches for kind in kinds]
+    return [*centre, *(Item(kind, step, k, m) for k in directions for m in batches for kind in kinds)]
 
 
 def _saves(state: State) -> bool:
