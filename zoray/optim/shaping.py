@@ -28,7 +28,7 @@ def _none(gradients: Sequence[float]) -> list[float]:
 
 
 def _centered(gradients: Sequence[float]) -> list[float]:
-    """w = g - mean. One-sided differences are all off by about eps/2 tr(H), which this takes away; true slopes are not."""
+    """w = g - mean. One-sided differences are all off by about eps/2 tr(H), which this takes away."""
     center = mean(gradients)
     return [g - center for g in gradients]
 
