@@ -92,6 +92,9 @@ class Replica:
 
         Called by the first probe; a run calls it with the batch of address (0, 0), so that every replica, whenever it
         joins, takes the same paths.
+
+        Raises:
+            ModelError: a path that was asked for is not right, or the estimator cannot differentiate the model.
         """
         signs, head = self._choices
         rows = len(batch["labels"])

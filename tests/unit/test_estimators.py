@@ -18,6 +18,8 @@ from torch import nn
 
 from tests.unit.helpers import commit_of
 from tests.unit.test_architectures import MODELS, batch_for, bert, gpt2, load
+from tests.unit.test_proof import WIDTH, Attention, Functional, Plain, Scaled
+from tests.unit.test_proof import batch as small_batch
 from zoray.aggregate import ProbeResult, commit
 from zoray.commits import float32
 from zoray.config.estimator import DIFFERENTIATING
@@ -248,6 +250,31 @@ def test_only_what_is_trained_counts(name: EstimatorName) -> None:
     replica = made(model, name)
     expected, _ = slope(model, replica, (0, 0), batch)
     assert replica.probe(0, 0, batch, 1.0).projected_gradient == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_lora_through_peft(name: EstimatorName) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(moved(gpt2), peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    batch = batch_for(model)
+    replica = made(model, name)
+    expected, _ = slope(model, replica, (0, 0), batch)
+    assert replica.probe(0, 0, batch, 1.0).projected_gradient == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("core", [Attention, Functional, lambda: Scaled(WIDTH, WIDTH)])
+def test_parameters_used_behind_their_owners_back_and_modules_of_other_kinds(core: Callable[[], nn.Module]) -> None:
+    model, batch = Plain(core()), small_batch()
+    forwards, backwards, spsa = (made(model, name) for name in ("forward_gradient", "backprop", "spsa"))
+    for k in range(3):
+        exact = backwards.probe(0, k, batch, 1.0)
+        found = forwards.probe(0, k, batch, 1.0)
+        assert (found.projected_gradient, found.loss) == pytest.approx((exact.projected_gradient, exact.loss), abs=1e-5)
+        assert spsa.probe(0, k, batch, 1e-3).projected_gradient == pytest.approx(exact.projected_gradient, abs=5e-3)
 
 
 @pytest.mark.parametrize("name", EXACT)
