@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,12 +158,19 @@ def test_three_replicas_do_the_same(undisturbed: Tuned, tune: Tune, inputs: Inpu
     assert many.standing == undisturbed.standing
 
 
-def test_a_trial_is_the_beginning_of_its_run(undisturbed: Tuned, inputs: Inputs, launch: Launch, warm: None) -> None:
+def test_a_trial_is_the_beginning_of_its_run_and_goes_on_as_one(
+    undisturbed: Tuned, tune: Tune, inputs: Inputs, launch: Launch, warm: None, tmp_path: Path
+) -> None:
     best = undisturbed.standing.trial
     assert best is not None
     whole = launch(inputs.config(learning_rate=best.learning_rate, epsilon=best.epsilon, max_steps=9, replicas=1))
     assert whole.ledger.startswith(undisturbed.ledgers[best.name])
-    assert len(whole.ledger) > len(undisturbed.ledgers[best.name])
+    folder = StudyFolder(Path(shutil.copytree(undisturbed.folder.path, tmp_path / "copy")))
+    run = folder.trial(best.name)
+    resumed = launch(run.config(["max_steps=9", "replicas=1"]), run)
+    assert resumed.ledger == whole.ledger and resumed.finish.digest == whole.finish.digest
+    # What it has done beyond the study is no harm to that.
+    assert tune(inputs.config(replicas=1), folder=folder).standing == undisturbed.standing
 
 
 @pytest.mark.parametrize(("trial", "step", "evaluating"), [("lr0.01-eps0.001", 2, False), ("lr0.01-eps0.001", 6, True)])

@@ -40,13 +40,19 @@ GENESIS = bytes(32)
 DIRECTIONS, SHARDS, EXAMPLES = 3, 2, 6
 
 
-def decide(trial: Trial, step: int, results: object, previous: bytes) -> Aggregate:
+def decide(trial: Trial, step: int, results: object, previous: bytes, known: int) -> Aggregate:
     return aggregate(
-        step, results, directions=DIRECTIONS, microbatches=1, learning_rate=trial.learning_rate, previous=previous
+        step,
+        results,
+        directions=DIRECTIONS + known % 2,
+        microbatches=1,
+        learning_rate=trial.learning_rate,
+        previous=previous,
     )  # type: ignore[arg-type]
 
 
-RULES = Rules(DIRECTIONS, 8 * DIRECTIONS, SHARDS, decide)
+RULES = Rules(8 * DIRECTIONS, SHARDS, 0, lambda known: DIRECTIONS + known % 2, decide, lambda known, commit: known + 1)
+"""Of an optimizer that counts steps, and has one more direction in every second one."""
 
 
 def noise(*address: object) -> float:
@@ -108,9 +114,7 @@ class Carrier:
     def run(self, replicas: int, seed: int = 0, deaths: float = 0.0, steps: int | None = None) -> Study:
         """Until the study is over, or for so many events."""
         choice = random.Random(seed)
-        heads = {name: commits[-1].hash if commits else GENESIS for name, commits in self.ledgers.items()}
-        losses = {name: [commit.loss for commit in commits] for name, commits in self.ledgers.items()}
-        known = {name: (heads[name], losses[name]) for name in heads}
+        known = {name: (GENESIS, commits) for name, commits in self.ledgers.items()}
         study = begin(self.plan, RULES, known, self.evaluations)
         held: dict[str, tuple[str | None, int]] = {}
         busy: dict[str, Share] = {}

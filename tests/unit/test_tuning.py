@@ -142,7 +142,8 @@ def studied(*rungs: dict[str, float], plan: Plan = PLAN, start: Evaluated = STAR
         for name, by in rung.items():
             evaluations.setdefault(name, []).append(shifted(by))
     steps = {trial.name: plan.rungs[len(evaluations.get(trial.name, [0])) - 1] for trial in plan.trials}
-    return begin(plan, RULES, {name: (GENESIS, [3.0] * count) for name, count in steps.items()}, evaluations)
+    ledgers = {name: (GENESIS, [seal(i, 0.5, 1.0, 3.0, [], GENESIS) for i in range(n)]) for name, n in steps.items()}
+    return begin(plan, RULES, ledgers, evaluations)
 
 
 A, B, C, D = (trial.name for trial in PLAN.trials)

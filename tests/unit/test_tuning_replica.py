@@ -56,7 +56,7 @@ def run(
     values = replica.share(Order(share, trial.epsilon, GENESIS if fresh else None, records))
     results = [value for value in values if isinstance(value, ProbeResult)]
     previous = commits[-1].hash if commits else GENESIS
-    commits.append(rules_of(config, 1).decide(trial, share.step, results, previous).commit)
+    commits.append(rules_of(config, 1).decide(trial, share.step, results, previous, None).commit)
     return results
 
 

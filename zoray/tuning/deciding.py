@@ -8,13 +8,13 @@ from zoray.aggregate import Aggregate, ProbeResult, aggregate
 from zoray.config import RunConfig
 from zoray.schedule import learning_rate
 from zoray.tuning.grid import Trial
-from zoray.tuning.race import Rules
+from zoray.tuning.race import Known, Rules
 
 
 def rules_of(config: RunConfig, eval_shards: int) -> Rules:
     """What the kernel needs of a configuration, whose learning rate and epsilon do not count."""
 
-    def decide(trial: Trial, step: int, results: Sequence[ProbeResult], previous: bytes) -> Aggregate:
+    def decide(trial: Trial, step: int, results: Sequence[ProbeResult], previous: bytes, known: Known) -> Aggregate:
         """The commit that a run of this configuration and trial would make: the schedule is that of the whole run."""
         rate = learning_rate(
             step,
@@ -36,7 +36,15 @@ def rules_of(config: RunConfig, eval_shards: int) -> Rules:
         )
 
     probes = config.directions * config.microbatches
-    return Rules(probes, probes * config.per_direction_batch_size, eval_shards, decide)
+    return Rules(
+        rows=probes * config.per_direction_batch_size,
+        eval_shards=eval_shards,
+        # Plain stochastic gradient descent has nothing to know.
+        initial=None,
+        probes=lambda known: probes,
+        decide=decide,
+        after=lambda known, commit: known,
+    )
 
 
 def passes_per_step(config: RunConfig) -> int:

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zoray.commits import Commit
 from zoray.config import RunConfig, dump, mathematics
 from zoray.errors import RunError
 from zoray.ledger import Ledger
@@ -180,7 +179,7 @@ class StudyFolder:
         """The study as it is on the disk."""
         judged = self.judged()
         assert judged is not None
-        known = {name: (each.head, [_loss(c) for c in each.commits()]) for name, each in ledgers.items()}
+        known = {name: (each.genesis, list(each.commits())) for name, each in ledgers.items()}
         return begin(plan, rules_of(config, judged.shards), known, self.evaluations())
 
     def finished(self, config: RunConfig, plan: Plan) -> Study | None:
@@ -216,11 +215,6 @@ class StudyFolder:
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _loss(commit: Commit) -> float:
-    # As the kernel has it: a null commit has a loss of nan.
-    return commit.loss if commit.applied else float("nan")
 
 
 def _description(config: RunConfig, plan: Plan) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from zoray.aggregate import ProbeResult
+from zoray.commits import Commit
 from zoray.errors import NumericsError, ZorayError
 from zoray.tuning.evaluated import Evaluated
 from zoray.tuning.grid import Plan, kept
@@ -34,25 +35,36 @@ from zoray.tuning.sharing import assign
 def begin(
     plan: Plan,
     rules: Rules,
-    ledgers: Mapping[str, tuple[bytes, Sequence[float]]],
+    ledgers: Mapping[str, tuple[bytes, Sequence[Commit]]],
     evaluations: Mapping[str, Sequence[Evaluated]],
 ) -> Study:
     """A study at its beginning, or where it was left.
 
     Args:
         plan, rules: of the study.
-        ledgers: head and losses of each trial's ledger, by name.
+        ledgers: of each trial, by name: hash of the ledger's header, and its commits.
         evaluations: those that were made before, by name, in the order of the rungs; what follows from them is decided
             again, and the same.
     """
     races = {BASE: Race(None, 0, b"", evaluations=tuple(evaluations.get(BASE, ())))}
     for trial in plan.trials:
-        head, losses = ledgers[trial.name]
-        known = tuple(evaluations.get(trial.name, ()))
-        races[trial.name] = Race(trial, len(losses), head, tuple(losses), evaluations=known)
+        genesis, commits = ledgers[trial.name]
+        race = Race(trial, 0, genesis, known=rules.initial, evaluations=tuple(evaluations.get(trial.name, ())))
+        races[trial.name] = _advanced(race, rules, commits)
     study = Study(plan, rules, races)
     settle(study, [])
     return study
+
+
+def _advanced(race: Race, rules: Rules, commits: Sequence[Commit]) -> Race:
+    """A trial some commits further."""
+    known = race.known
+    for commit in commits:
+        known = rules.after(known, commit)
+    # A null commit has a loss of nan, which is what tells that the trial diverges.
+    losses = tuple(commit.loss if commit.applied else math.nan for commit in commits)
+    head = commits[-1].hash if commits else race.head
+    return replace(race, step=race.step + len(commits), head=head, losses=race.losses + losses, known=known)
 
 
 def transition(study: Study, event: Event) -> tuple[Study, tuple[Action, ...]]:
@@ -113,7 +125,7 @@ def _advance(study: Study, race: Race, actions: list[Action]) -> bool:
     if (race.trial is not None and len(race.evaluations) > study.rung) or race.pending is not None:
         return False
     rules, evaluating = study.rules, race.step >= race.target(study.plan)
-    wanted = rules.eval_shards if evaluating else rules.probes
+    wanted = rules.eval_shards if evaluating else rules.probes(race.known)
     if len(race.values) < wanted:
         if race.values or race.open or _in_work(study, race):
             return False
@@ -128,7 +140,7 @@ def _advance(study: Study, race: Race, actions: list[Action]) -> bool:
     assert race.trial is not None
     results = [value for value in race.values.values() if isinstance(value, ProbeResult)]
     try:
-        commit = rules.decide(race.trial, race.step, results, race.head).commit
+        commit = rules.decide(race.trial, race.step, results, race.head, race.known).commit
     except NumericsError as error:
         _drop(study, race, error.what, actions)
         return True
@@ -210,9 +222,7 @@ def _committed(study: Study, trial: str, step: int) -> None:
     commit = race.pending
     if commit is None or commit.step != step:
         raise ZorayError(f"step {step} of {trial} is said to be durable, but it is not awaited")
-    # A null commit has a loss of nan, which is what tells that it diverged.
-    losses = (*race.losses, commit.loss if commit.applied else math.nan)
-    study.races[trial] = replace(race, step=step + 1, head=commit.hash, losses=losses, pending=None)
+    study.races[trial] = replace(_advanced(race, study.rules, [commit]), pending=None)
 
 
 def _drop(study: Study, race: Race, why: str, actions: list[Action]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from zoray.aggregate import Aggregate, ProbeResult
 from zoray.commits import Commit
@@ -23,6 +24,10 @@ WELL_ABOVE, ERRORS = 1.5, 4.0
 """A loss is well above the start if it is beyond so many times that and so many standard errors."""
 
 
+Known = Any
+"""What an optimizer knows of the commits so far: its own affair, and a pure function of them."""
+
+
 class Phase(Enum):
     """What has become of a trial."""
 
@@ -33,20 +38,25 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the kernel needs of a configuration.
+    """What the kernel needs of a configuration. All functions are pure.
 
     Attributes:
-        probes: probes of a step: directions times microbatches.
-        rows: examples of a step.
+        rows: examples of a step, in the first one.
         eval_shards: parts of an evaluation.
-        decide: (trial, step, results, previous hash) -> the step's commit and how it came about; pure.
+        initial: what the optimizer knows before the first step.
+        probes: that -> the probes of the next step: directions times microbatches.
+        decide: (trial, step, results, previous hash, what the optimizer knows) -> the step's commit and how it came
+            about.
+        after: (what the optimizer knows, the next commit) -> what it knows then.
         attempts: so often a share may fail, each time on another replica.
     """
 
-    probes: int
     rows: int
     eval_shards: int
-    decide: Callable[[Trial, int, Sequence[ProbeResult], bytes], Aggregate]
+    initial: Known
+    probes: Callable[[Known], int]
+    decide: Callable[[Trial, int, Sequence[ProbeResult], bytes, Known], Aggregate]
+    after: Callable[[Known, Commit], Known]
     attempts: int = 3
 
 
@@ -59,6 +69,7 @@ class Race:
         step: commits that are durable.
         head: hash of the last one, or of the ledger's header.
         losses: of the commits.
+        known: what the optimizer knows of them.
         evaluations: one for each rung it came to the end of.
         why: what ended it, in words.
         cut_in: the rung after which it was cut, if it was.
@@ -72,6 +83,7 @@ class Race:
     step: int
     head: bytes
     losses: tuple[float, ...] = ()
+    known: Known = None
     phase: Phase = Phase.RUNNING
     evaluations: tuple[Evaluated, ...] = ()
     why: str = ""
