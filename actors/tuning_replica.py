@@ -14,7 +14,7 @@ from zoray.errors import RunError
 from zoray.layout import ParamSpec
 from zoray.memory.shortage import explain, out_of_memory
 from zoray.proof import Verdict
-from zoray.protocol import Item, Kind, ProbeScalars
+from zoray.protocol import Item, Kind
 from zoray.tasks.sampler import permutation
 from zoray.tuning import Evaluated, Share
 from zoray.tuning.messages import Value
@@ -112,9 +112,9 @@ class TrialReplica(ReplicaActor):
 
     def _probe(self, step: int, part: int) -> ProbeResult:
         direction, microbatch = divmod(part, self.config.microbatches)
-        scalars = self._run_item(Item(Kind.PROBE, step, direction, microbatch), 0.0)
-        assert isinstance(scalars, ProbeScalars)
-        return ProbeResult(step, direction, microbatch, scalars.projected_gradient, scalars.loss)
+        item = Item(Kind.PROBE, step, direction, microbatch)
+        curved = part == 0 and self.config.update_rule.wants_curvature
+        return self.replica.probe(step, direction, self._batch(item), self.config.epsilon, microbatch, curved=curved)
 
     def _judge(self, step: int, shard: int) -> Evaluated:
         """The losses of one batch of the evaluation, example by example."""
