@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,18 @@ def run(
     values = replica.share(Order(share, trial.epsilon, GENESIS if fresh else None, records))
     results = [value for value in values if isinstance(value, ProbeResult)]
     previous = commits[-1].hash if commits else GENESIS
-    commits.append(rules_of(config, 1).decide(trial, share.step, results, previous, None).commit)
+    rules = rules_of(config, 1)
+    known = reduce(rules.after, commits, rules.initial)
+    commits.append(rules.decide(trial, share.step, results, previous, known).commit)
     return results
 
 
-def test_going_from_trial_to_trial_changes_nothing(config: RunConfig) -> None:
+REMEMBERS = {"optimizer": {"normalize": "curvature", "momentum": 0.5}}
+
+
+@pytest.mark.parametrize("keys", [{}, REMEMBERS], ids=["sgd", "remembers"])
+def test_going_from_trial_to_trial_changes_nothing(config: RunConfig, keys: dict[str, Any]) -> None:
+    config = RunConfig.model_validate({**config.model_dump(), **keys})
     apart: dict[Trial, list[Commit]] = {ONE: [], OTHER: []}
     for trial, commits in apart.items():
         replica = entered(config)
@@ -71,6 +79,7 @@ def test_going_from_trial_to_trial_changes_nothing(config: RunConfig) -> None:
     for trial in (ONE, OTHER, OTHER, ONE, ONE, ONE, OTHER, OTHER):
         run(replica, config, trial, mixed[trial], fresh=True)
     assert mixed == apart and apart[ONE] != apart[OTHER]
+    assert all(bool(commit.notes) == bool(keys) for commits in apart.values() for commit in commits)
 
 
 def test_the_parts_of_a_step_are_those_of_a_run(config: RunConfig) -> None:
