@@ -55,8 +55,11 @@ def run(
     share = Share(trial.name, len(commits), False, (0, 1, 2, 3))
     values = replica.share(Order(share, trial.epsilon, GENESIS if fresh else None, records))
     results = [value for value in values if isinstance(value, ProbeResult)]
-    previous = commits[-1].hash if commits else GENESIS
-    commits.append(rules_of(config, 1).decide(trial, share.step, results, previous, None).commit)
+    previous, rules = commits[-1].hash if commits else GENESIS, rules_of(config, 1)
+    known = rules.initial
+    for commit in commits:
+        known = rules.after(known, commit)
+    commits.append(rules.decide(trial, share.step, results, previous, known).commit)
     return results
 
 
