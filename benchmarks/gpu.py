@@ -333,13 +333,13 @@ def child(part: Part, out: Path, files: Path, device: str, quick: bool) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     notes = Notes(out / f"{part.name}.json")
     notes.note(part=part.name, batch=part.batch, started=time.strftime("%Y-%m-%d %H:%M:%S"))
-    with tempfile.TemporaryDirectory(dir=files) as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=files) as folder:
             Bench(part, device, quick, notes, Path(folder)).run()
-            notes.note(done=True)
-        except Exception:
-            notes.note(fault=traceback.format_exc())
-            raise
+        notes.note(done=True)
+    except Exception:
+        notes.note(fault=traceback.format_exc())
+        raise
 
 
 def figures(out: Path) -> tuple[list[Row], str]:
