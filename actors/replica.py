@@ -124,6 +124,7 @@ class ReplicaActor:
                 rank=config.direction.rank,
                 signs=config.signs,
                 head=config.head,
+                objective=self.task.objective,
                 memory=memory,
             )
             self.replica.prove(self._batch(Item(Kind.PROBE, 0)), config.epsilon)

@@ -25,7 +25,8 @@ def evaluate(run: str, step: int | None, as_json: bool, output_dir: str) -> None
     """
     restored = restore(run, step, output_dir)
     config, replica = restored.config, restored.replica
-    task = load_task(config, load_tokenizer(config))
+    task = load_task(config, load_tokenizer(config), final=True)
+    replica.objective = task.objective
     if not task.eval_shards:
         raise ConfigError(
             "The run has no held-out data.", where=f"{restored.folder.config_path}, task.eval", advice="name some there"
@@ -35,7 +36,7 @@ def evaluate(run: str, step: int | None, as_json: bool, output_dir: str) -> None
     result = evaluation([evaluate_shard(replica, task, shard) for shard in range(task.eval_shards)])
     if as_json:
         row = {"step": replica.step, "loss": result.loss, "standard_error": result.standard_error}
-        print(json.dumps({**row, "count": result.count, "correct": result.correct}))
+        print(json.dumps({**row, "count": result.count, "correct": result.correct, "score": result.score}))
         return
     text = f"step {replica.step}: held-out loss {evaluated(result)} over {result.count} examples"
     Console(highlight=False, soft_wrap=True).print(text, markup=False)

@@ -28,6 +28,8 @@ from zoray.perturb.linear import LinearLayer
 
 Batch = Mapping[str, torch.Tensor]
 IGNORED = -100
+ASIDE = frozenset(("labels", "candidate", "correct", "prompt_ids", "prompt_mask", "references"))
+"""What a batch has beside the inputs of the model: targets, and what objectives need (see `zoray.objective`)."""
 _SLICE_ELEMENTS = 1 << 20
 
 
@@ -39,21 +41,26 @@ class RowLosses:
         sums: sum over the row's targets, float64.
         counts: number of targets, int64.
         correct: whether the most likely class is the right one, for a classification.
+        scores: what the rows are measured by beside the loss (float64), higher is better, if by anything.
+        outputs: what the losses were computed from, where an objective needs it: the logits.
     """
 
     sums: torch.Tensor
     counts: torch.Tensor
     correct: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
 
     def mean(self, rows: slice = slice(None)) -> float:
         """Mean over all targets of some rows; NaN where there is none."""
         return float(self.sums[rows].sum() / self.counts[rows].sum())
 
-    def summary(self) -> tuple[float, float, int, int]:
-        """Over the rows that have a target: sum of the mean losses, sum of their squares, rows, and correct ones."""
+    def summary(self) -> tuple[float, float, int, int, float]:
+        """Over the rows that have a target: sum of the mean losses and of their squares, rows, correct ones, scores."""
         losses = (self.sums / self.counts)[self.counts > 0]
         correct = 0 if self.correct is None else int(self.correct.sum())
-        return float(losses.sum()), float(losses.square().sum()), len(losses), correct
+        score = 0.0 if self.scores is None else float(self.scores.sum())
+        return float(losses.sum()), float(losses.square().sum()), len(losses), correct, score
 
 
 LossFunction = Callable[[nn.Module, Batch], RowLosses]
@@ -69,10 +76,11 @@ class ModelLoss:
         model: a model whose output is its logits, or has them as `.logits`.
         chunked: compute the head in slices.
         shifted: compare the logits at t with the label at t+1, as causal models do.
+        kept: return the logits too, as `RowLosses.outputs`.
     """
 
-    def __init__(self, model: nn.Module, chunked: bool = False, shifted: bool = False) -> None:
-        self.model, self.chunked, self.shifted = model, chunked, shifted
+    def __init__(self, model: nn.Module, chunked: bool = False, shifted: bool = False, kept: bool = False) -> None:
+        self.model, self.chunked, self.shifted, self.kept = model, chunked, shifted, kept
 
     @cached_property
     def accepted(self) -> frozenset[str]:
@@ -104,7 +112,9 @@ class ModelLoss:
         """
         labels = batch["labels"]
         if not self.chunked or labels.dim() != 2 or self.head is None:
-            return self.from_logits(self.logits(batch), labels)
+            logits = self.logits(batch)
+            losses = self.from_logits(logits, labels)
+            return replace(losses, outputs=logits) if self.kept else losses
         head = self.head if layer is None else layer
         with kept_whole(head.module.parameters(recurse=False)) as keep:
 
@@ -118,7 +128,7 @@ class ModelLoss:
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """The model's logits: (rows, classes) or (rows, T, vocabulary)."""
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k not in ASIDE}
         if "use_cache" in self.accepted:
             inputs["use_cache"] = False
         shift: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)

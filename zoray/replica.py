@@ -17,6 +17,7 @@ from zoray.layout import DirectionKind, make_layout, trainable_parameters
 from zoray.loss import Batch, LossFunction, RowLosses
 from zoray.memory import Memory, Resident
 from zoray.memory.base import Reader
+from zoray.objective import Objective
 from zoray.partitioned import holds_buffers, is_partitioned, own_part
 from zoray.probe import Prober
 from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
@@ -42,6 +43,7 @@ class Replica:
         signs: both signs in one forward ("batched"), in two ("sequential"), or as proved on the first batch ("auto").
         head: the language-model head in slices of the vocabulary ("chunked"), whole ("full"), or as proved ("auto").
         loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
+        objective: what probes minimise and evaluations measure (see `zoray.objective`); by default that loss.
         memory: what holds the weights, made of the model and the run's directions. With `Streamed`, of
             `zoray.memory.streamed`, they are brought to the device block by block. With `Zero3`, of
             `zoray.memory.zero3`, each of several processes holds a part of them; all of them must then call the same
@@ -61,6 +63,7 @@ class Replica:
         signs: SignsChoice = "auto",
         head: HeadChoice = "auto",
         loss: LossFunction | None = None,
+        objective: Objective | None = None,
         memory: Callable[[nn.Module, Directions], Memory] = Resident,
     ) -> None:
         self.model = model.eval()
@@ -68,6 +71,7 @@ class Replica:
         self.directions = Directions(self.layout, run_seed)
         self.memory = memory(model, self.directions)
         self.step = 0
+        self.objective = objective or Objective()
         self._choices: tuple[SignsChoice, HeadChoice] = (signs, head)
         self._loss = loss
         self._prober: Prober | None = None
@@ -79,12 +83,20 @@ class Replica:
         joins, takes the same paths.
         """
         signs, head = self._choices
+        if self.objective.separate:
+            signs = "sequential"
+        if self.objective.whole:
+            head = "full"
         rows = len(batch["labels"])
         with self.memory.forwards(first=True):
             verdict = prove(
                 self.model, self.directions, batch, rows, signs=signs, head=head, epsilon=epsilon, loss=self._loss
             )
-        self._prober = Prober(self.model, self.directions, verdict, self._loss)
+        self._prober = Prober(self.model, self.directions, verdict, self._loss, self.objective)
+        if self.objective.score is not None and self.objective.score.function is not None:
+            # A function that does not fit the task is found out here, and not in the middle of a step.
+            with self.memory.forwards():
+                self._prober.evaluate(batch)
         return verdict
 
     @property

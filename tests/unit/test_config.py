@@ -16,8 +16,6 @@ from pydantic import BaseModel, ValidationError
 from zoray.config import RunConfig, TrainableLora, changed, dump, load, mathematics, schedule_needs_max_steps
 from zoray.config.docs import markdown
 from zoray.config.sections import (
-    CausalLMTask,
-    ClassificationTask,
     DirectionConfig,
     LoraConfig,
     ReplicaRange,
@@ -25,6 +23,7 @@ from zoray.config.sections import (
     StreamedMemory,
     Zero3Memory,
 )
+from zoray.config.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, PromptedTask
 from zoray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,6 +352,9 @@ def test_changed_names_only_mathematical_keys() -> None:
         RunConfig,
         CausalLMTask,
         ClassificationTask,
+        PromptedTask,
+        MultipleChoiceTask,
+        GenerationTask,
         DirectionConfig,
         ResidentMemory,
         Zero3Memory,

@@ -25,7 +25,7 @@ LAYERS = (
     {"directions"},
     {"perturb", "update", "ledger"},
     {"loss", "aggregate"},
-    {"strays"},
+    {"strays", "objective"},
     {"proof"},
     {"probe"},
     {"memory"},

@@ -10,30 +10,42 @@ from zoray.config.compare import changed, mathematics, schedule_needs_max_steps
 from zoray.config.load import dump, load, with_memory
 from zoray.config.schema import RunConfig, TrackerName
 from zoray.config.sections import (
-    CausalLMTask,
-    ClassificationTask,
     DirectionConfig,
     LoraConfig,
     MemoryConfig,
     ResidentMemory,
     StreamedMemory,
-    TaskConfig,
     TrainableLora,
     Zero3Memory,
+)
+from zoray.config.tasks import (
+    CausalLMTask,
+    CellKind,
+    ClassificationTask,
+    GenerationTask,
+    MultipleChoiceTask,
+    PromptedTask,
+    TaskConfig,
+    WordedTask,
 )
 
 __all__ = [
     "CausalLMTask",
+    "CellKind",
     "ClassificationTask",
     "DirectionConfig",
+    "GenerationTask",
     "LoraConfig",
     "MemoryConfig",
+    "MultipleChoiceTask",
+    "PromptedTask",
     "ResidentMemory",
     "RunConfig",
     "StreamedMemory",
     "TaskConfig",
     "TrackerName",
     "TrainableLora",
+    "WordedTask",
     "Zero3Memory",
     "changed",
     "dump",

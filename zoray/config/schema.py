@@ -8,18 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import Self
 
+from zoray.config.objective import OBJECTIVE, check_objective
 from zoray.config.sections import (
     DirectionConfig,
     MemoryConfig,
     ReplicaRange,
     ResidentMemory,
     Section,
-    TaskConfig,
     TrainableLora,
     Zero3Memory,
     fault,
     key,
 )
+from zoray.config.tasks import TaskConfig, WordedTask
 from zoray.schedule import POLYNOMIAL_END
 from zoray.stores import has_keys, shown
 
@@ -71,6 +72,13 @@ class RunConfig(Section):
         mathematics=True,
     )
     task: TaskConfig = key(..., "What is learnt, and from which data.", mathematics=True)
+    objective: str = key(
+        "loss",
+        "What the probes minimise: the task's `loss`; 1 - `accuracy`, or 1 - `f1` of generated text; or the negative "
+        "of `package.module:function`, a Python function that every machine can import (see docs/mezo.md).",
+        mathematics=True,
+        pattern=OBJECTIVE,
+    )
     seed: int = key(
         0,
         "Run seed: fixes the directions, the order of the data and new weights.",
@@ -238,6 +246,16 @@ class RunConfig(Section):
         """How many snapshots are kept; None: all."""
         return self.save_total_limit if self.save_total_limit or self.save_steps else 2
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether what the probes minimise has a gradient that backpropagation could find."""
+        return self.objective == "loss"
+
+    @property
+    def evaluated_in_run(self) -> bool:
+        """Whether there are held-out data for the evaluations of the run itself."""
+        return self.task.eval is not None or (isinstance(self.task, WordedTask) and self.task.dev_samples is not None)
+
     @field_validator("trainable")
     @classmethod
     def _regular_expression(cls, value: str | TrainableLora) -> str | TrainableLora:
@@ -288,8 +306,15 @@ class RunConfig(Section):
                 f"Signs can be split between replicas only if they take two forwards, and signs is {self.signs}.",
                 "Set signs to sequential, or leave split_signs out.",
             )
-        if self.eval_steps is not None and self.task.eval is None:
+        if self.eval_steps is not None and not self.evaluated_in_run:
             raise fault("eval_steps", "eval_steps is given, but task.eval is not.", "Name held-out data in task.eval.")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        shards = self.shards > 1
+        generates = self.evaluated_in_run or not self.differentiable
+        check_objective(self.objective, self.task, signs=self.signs, head=self.head, sharded=shards and generates)
         return self
 
     @model_validator(mode="after")

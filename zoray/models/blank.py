@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zoray import stores
-from zoray.config import RunConfig, TrainableLora
+from zoray.config import ClassificationTask, RunConfig, TrainableLora
 from zoray.errors import ModelError
 from zoray.models.fetched import listed
 from zoray.models.load import explain, require_kind
@@ -54,10 +54,10 @@ def _from_config(config: RunConfig, source: dict[str, Any], num_labels: int | No
     """The model, and the names of the parameters that a checkpoint of that architecture would not have."""
     import transformers
 
-    if num_labels is None and config.task.kind == "classification":
+    if num_labels is None and isinstance(config.task, ClassificationTask):
         num_labels = config.task.num_labels
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
-    causal = config.task.kind == "causal_lm"
+    causal = config.task.causal
     auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     try:

@@ -85,7 +85,7 @@ def _from_pretrained(
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if id2label is not None:
         labels |= {"id2label": dict(id2label), "label2id": {name: i for i, name in id2label.items()}}
-    causal = config.task.kind == "causal_lm"
+    causal = config.task.causal
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     try:
@@ -123,7 +123,7 @@ def require_kind(config: RunConfig, settings: Any, auto: Any) -> None:
     """
     remote = getattr(settings, "auto_map", None) or {}
     if type(settings) not in auto._model_mapping and auto.__name__ not in remote:
-        wanted = "a causal language model" if config.task.kind == "causal_lm" else "a sequence classifier"
+        wanted = "a causal language model" if config.task.causal else "a sequence classifier"
         raise ModelError(
             f"{config.model} is of type {settings.model_type}, which cannot be loaded as {wanted}.",
             where="model and task.kind",
@@ -132,21 +132,18 @@ def require_kind(config: RunConfig, settings: Any, auto: Any) -> None:
     from transformers import AutoModelForMaskedLM
 
     bidirectional = type(settings) in AutoModelForMaskedLM._model_mapping and not settings.is_encoder_decoder
-    if config.task.kind == "causal_lm" and bidirectional and getattr(settings, "is_decoder", None) is False:
+    if config.task.causal and bidirectional and getattr(settings, "is_decoder", None) is False:
         raise ModelError(
             f"{config.model} ({settings.model_type}) is bidirectional: each token would see the one it is to predict.",
             where="model and task.kind",
-            advice="Use task.kind classification, or a decoder such as GPT-2, OPT or Llama.",
+            advice="Use task.kind classification without a prompt, or a decoder such as GPT-2, OPT or Llama.",
         )
 
 
 def _require_whole(config: RunConfig, model: Any, new: list[str]) -> None:
     """Refuses a checkpoint without weights that are not a new classification head's (or the pooler's before it)."""
     body = f"{model.base_model_prefix}."
-    if config.task.kind == "causal_lm":
-        lost = new
-    else:
-        lost = [name for name in new if name.startswith(body) and ".pooler." not in name]
+    lost = [name for name in new if config.task.causal or (name.startswith(body) and ".pooler." not in name)]
     if lost:
         raise ModelError(
             f"The checkpoint {config.model} has no weights for {some(lost)}.",

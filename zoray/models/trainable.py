@@ -42,7 +42,7 @@ def add_adapters(model: Any, lora: LoraConfig, config: RunConfig, new: list[str]
         raise ModelError(
             "`trainable: {lora: ...}` needs peft.", where="trainable", advice="Install it: pip install 'zoray[lora]'."
         ) from error
-    kind = peft.TaskType.CAUSAL_LM if config.task.kind == "causal_lm" else peft.TaskType.SEQ_CLS
+    kind = peft.TaskType.CAUSAL_LM if config.task.causal else peft.TaskType.SEQ_CLS
     adapters = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,

@@ -132,9 +132,11 @@ class _Counter:
 
 def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections, counter: _Counter) -> Verdict:
     """The proof, a probe and an evaluation, of batches as wide as the task allows."""
-    rows, found = config.per_direction_batch_size, list[Verdict]()
+    found = list[Verdict]()
+    rows = config.per_direction_batch_size * config.task.rows_per_example(held_out=not config.differentiable)
     with counter.shadow.running():
-        batch, held_out = (_batch(config, count) for count in (rows, config.per_device_eval_batch_size))
+        batch = _batch(config, rows)
+        held_out = _batch(config, config.per_device_eval_batch_size * config.task.rows_per_example(held_out=True))
 
     def proof() -> None:
         made = prove(model, directions, batch, rows, signs=config.signs, head=config.head, epsilon=config.epsilon)
@@ -143,14 +145,14 @@ def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections,
     counter.count("proof of the fast paths", proof, batch.values())
     prober = Prober(model, directions, found[0])
     counter.count("probe", lambda: prober.losses(0, 0, batch, config.epsilon), batch.values())
-    if config.task.eval is not None:
+    if config.evaluated_in_run:
         counter.count("evaluation", lambda: prober.evaluate(held_out), held_out.values())
     return found[0]
 
 
 def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
     ids = torch.empty((rows, config.task.max_length), dtype=torch.int64)
-    labels = torch.empty(ids.shape if config.task.kind == "causal_lm" else (rows,), dtype=torch.int64)
+    labels = torch.empty(ids.shape if config.task.causal else (rows,), dtype=torch.int64)
     return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": labels}
 
 
