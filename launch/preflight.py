@@ -39,6 +39,18 @@ def check_paths(config: RunConfig) -> None:
             require_examples(0 if first is None else 1, path)
 
 
+def check_objective(config: RunConfig) -> None:
+    """Import the user's function that is to be maximised, if there is one.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no function.
+    """
+    if ":" in config.objective:
+        from zoray.objective import load_function
+
+        load_function(config.objective)
+
+
 def check_snapshots(folder: RunFolder, config: RunConfig) -> None:
     """Refuse a place for a new run's snapshots that cannot be written, or that has those of another run.
 
