@@ -155,7 +155,11 @@ class Objective:
 
 
 class Candidates(Objective):
-    """Examples of several rows, one for each candidate; `candidate` numbers them, `correct` says which are right.
+    """Examples with candidates of which one or several are right.
+
+    Either an example is one row, whose label is one of several `words` (rows, candidates), tokens that might stand in
+    its place, number `right` (rows,); or it has a row for each candidate, numbered by `candidate`, and `correct` says
+    which are right.
 
     Args:
         loss: `candidates`: cross entropy of the first right one among all, by mean log-likelihoods per token; `answer`:
@@ -173,6 +177,8 @@ class Candidates(Objective):
 
     def reduced(self, losses: RowLosses, batch: Batch) -> RowLosses:
         """As of `Objective.reduced`; `outputs` are the candidates' mean log-likelihoods."""
+        if "words" in batch:
+            return self._of_words(losses, batch["right"])
         first = batch["candidate"] == 0
         place = first.cumsum(0) - 1, batch["candidate"]
         shape = int(first.sum()), int(batch["candidate"].max()) + 1
@@ -195,8 +201,19 @@ class Candidates(Objective):
             outputs=likelihood,
         )
 
+    def _of_words(self, losses: RowLosses, right: torch.Tensor) -> RowLosses:
+        likelihood = losses.outputs
+        assert likelihood is not None
+        correct = likelihood.argmax(1) == right
+        if self.loss == "answer":
+            return replace(losses, correct=correct)
+        cost = likelihood.logsumexp(1) - likelihood.gather(1, right[:, None]).squeeze(1)
+        return RowLosses(cost, torch.ones_like(right), correct, outputs=likelihood)
+
     def shown(self, found: RowLosses, batch: Batch) -> Mapping[str, Any]:
         """The number of the right candidate of each example."""
+        if "words" in batch:
+            return {"labels": batch["right"]}
         first = batch["candidate"] == 0
         group = first.cumsum(0) - 1
         chosen = batch["correct"] != 0

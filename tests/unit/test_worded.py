@@ -302,31 +302,38 @@ def likelihoods(model: Any, tokenizer: Any, text: str, answers: list[str]) -> to
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("signs", ["auto", "sequential"])
+@pytest.mark.parametrize("answers", [["terrible", "great"], ["of", "the"]], ids=["tokens", "token"])
+@pytest.mark.parametrize(("signs", "head"), [("auto", "auto"), ("sequential", "auto"), ("auto", "full")])
 @pytest.mark.parametrize("loss", ["candidates", "answer"])
 @pytest.mark.parametrize("objective", ["loss", "accuracy"])
-def test_label_words(tmp_path: Path, tokenizer: Any, signs: Any, loss: str, objective: str) -> None:
+def test_label_words(
+    tmp_path: Path, tokenizer: Any, signs: Any, head: Any, loss: str, objective: str, answers: list[str]
+) -> None:
     data = write(tmp_path / "t.parquet", SST2)
-    made, task = opened({"template": "sst2", "train": data, "eval": data, "loss": loss}, objective=objective)
-    replica = Replica(load_model(made), signs=signs, objective=task.objective)
+    words = {"0": answers[0], "1": answers[1]}
+    keys = {"template": "sst2", "train": data, "eval": data, "loss": loss, "label_words": words}
+    made, task = opened(keys, objective=objective)
+    replica = Replica(load_model(made), signs=signs, head=head, objective=task.objective)
     batch = batch_for(task, made, 0, 0, 0)
-    alone = loss == "answer" and objective == "loss"
+    one_token = answers == ["of", "the"]
+    alone = one_token or (loss == "answer" and objective == "loss")
+    assert ("words" in batch) == one_token
     assert len(batch["labels"]) == (3 if alone else 6)
     assert task.tokens_per_example == pytest.approx(
-        sum(len(tokenizer(f"{row['sentence'].strip()} It was great")["input_ids"]) for row in SST2)  # type: ignore[attr-defined]
+        sum(len(tokenizer(f"{row['sentence'].strip()} It was {answers[1]}")["input_ids"]) for row in SST2)  # type: ignore[attr-defined]
         / 6 * (1 if alone else 2), rel=0.2
     )  # fmt: skip
-    replica.prove(batch)
+    verdict = replica.prove(batch)
+    assert verdict.batched == (signs == "auto") and verdict.chunked == (head == "auto")
+    texts = [f" {answer}" for answer in answers]
     for shift in (0.0, 0.05, -0.05):
         twin = really_perturbed(replica.model, replica, 0, 0, shift)
         costs, right = [], []
         for row in SST2:
             text = f"{str(row['sentence']).strip()} It was"
-            found = likelihoods(twin, tokenizer, text, [" terrible", " great"])
+            found = likelihoods(twin, tokenizer, text, texts)
             label = int(str(row["label"]))
-            tokens = len(tokenizer(text + [" terrible", " great"][label])["input_ids"]) - len(
-                tokenizer(text)["input_ids"]
-            )
+            tokens = len(tokenizer(text + texts[label])["input_ids"]) - len(tokenizer(text)["input_ids"])
             costs.append((float(found.logsumexp(0) - found[label]), -float(found[label]) * tokens, tokens))
             right.append(int(found.argmax()) == label)
         if shift == 0.0:

@@ -1,7 +1,8 @@
 """Classification by label words and multiple choice: which candidate does a causal language model find most likely?
 
-As in MeZO (Malladi et al. 2023, after Brown et al. 2020): each candidate is a row of its own, prompt and candidate, and
-is measured by the mean log-likelihood of its tokens.
+As in MeZO (Malladi et al. 2023, after Brown et al. 2020), each candidate is put behind the prompt and measured by the
+mean log-likelihood of its tokens. Candidates of one token are all read off one row: the same numbers, for a fraction of
+the rows.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _START, _CANDIDATE, _CORRECT = "loss_start", "candidate", "correct"
+_PLAIN = ("input_ids", "attention_mask", "labels")
 
 
 class CandidatesTask(Task):
     """`kind: classification` with a prompt, and `kind: multiple_choice`.
 
-    A batch has a row for each candidate of each example: `labels` (rows, T) are the candidate's tokens, `candidate`
-    (rows,) its number in the example, `correct` (rows,) whether it is right. With `loss: answer`, batches of probes
-    have the first right candidate of each example alone, as number 0, unless the objective is another than the loss.
+    Where every candidate of a data set is one token, an example is one row, that of the first right candidate: `labels`
+    (rows, T) have its token, `words` (rows, candidates) the tokens of all in its place, `right` (rows,) its number.
+    Else it has a row for each candidate: `labels` are the candidate's tokens, `candidate` (rows,) its number in the
+    example, `correct` (rows,) whether it is right. With `loss: answer`, batches of probes have the first right
+    candidate of each example alone, as number 0, unless the objective is another than the loss.
     """
 
     kind = "candidates"
@@ -41,38 +45,38 @@ class CandidatesTask(Task):
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, final: bool = False) -> None:
         task = config.task
         assert isinstance(task, PromptedTask | MultipleChoiceTask)
-        train = Source(task, task.train, training=True)
-        stores = _open(task, train, tokenizer, dev=False), _held_out(task, train, tokenizer, final)
-        self._first = {
-            id(store): np.flatnonzero(store.column(_CANDIDATE) == 0) for store in stores if store is not None
-        }
-        super().__init__(config, *stores, padding_id(tokenizer))
-        # Of each example, the first row that is right.
-        right = np.flatnonzero(stores[0].column(_CORRECT))
-        self._right = right[np.searchsorted(right, self._first[id(stores[0])])]
+        source = Source(task, task.train, training=True)
+        train, held_out = _open(task, source, tokenizer, dev=False), _held_out(task, source, tokenizer, final)
+        self._examples = {id(store): _Examples(store) for store in (train, held_out) if store is not None}
+        super().__init__(config, train, held_out, padding_id(tokenizer))
         self._answers = task.loss == "answer" and config.differentiable
         self.objective = Candidates(task.loss, score_of(config.objective))
 
     def _count(self, store: TokenStore) -> int:
-        return len(self._first[id(store)])
+        return len(self._examples[id(store)].first)
 
     @property
     def tokens_per_example(self) -> float:
         """Mean tokens that a probe reads for an example, padding not counted."""
-        whole = super().tokens_per_example
-        return whole * self.train_size / len(self._train) if self._answers else whole
+        one_row = self._answers or self._examples[id(self._train)].words is not None
+        return super().tokens_per_example * (self.train_size / len(self._train) if one_row else 1)
 
     def batch(self, sample_ids: Ints | Sequence[int]) -> Batch:  # type: ignore[override]
         """The training examples of those indices, in that order."""
-        indices = [int(each) for each in sample_ids]
-        if not self._answers:
+        indices, examples = [int(each) for each in sample_ids], self._examples[id(self._train)]
+        if not self._answers or examples.words is not None:
             return self._collate(self._train, indices)
-        found = self._rows(self._train, [int(self._right[i]) for i in indices])
+        found = self._rows(self._train, [int(examples.right[i]) for i in indices])
         return {**found, "candidate": torch.zeros_like(found["candidate"])}
 
     def _collate(self, store: TokenStore, indices: Sequence[int]) -> Batch:
-        first = np.append(self._first[id(store)], len(store))
-        return self._rows(store, [row for i in indices for row in range(first[i], first[i + 1])])
+        examples = self._examples[id(store)]
+        if examples.words is None:
+            ends = np.append(examples.first[1:], len(store))
+            return self._rows(store, [row for i in indices for row in range(examples.first[i], ends[i])])
+        found = self._rows(store, [int(examples.right[i]) for i in indices])
+        words = torch.from_numpy(examples.words[np.array(indices, dtype=np.int64)].astype(np.int64))
+        return {**{name: found[name] for name in _PLAIN}, "words": words, "right": found["candidate"]}
 
     def _rows(self, store: TokenStore, rows: Sequence[int]) -> Batch:
         batch = self._pad([store.tokens(row) for row in rows])
@@ -82,6 +86,28 @@ class CandidatesTask(Task):
         )
         labels[torch.arange(labels.shape[1]) < starts[:, None]] = IGNORED_LABEL
         return {**batch, "labels": labels, "candidate": numbers, "correct": right}
+
+
+class _Examples:
+    """Which rows of a store belong to which example.
+
+    Attributes:
+        first: the first row of each.
+        right: the first row of each that is right.
+        words: the token that each candidate is, shape (examples, candidates), if each is one token in the same place.
+    """
+
+    def __init__(self, store: TokenStore) -> None:
+        starts = store.column(_START)
+        self.first = np.flatnonzero(store.column(_CANDIDATE) == 0)
+        right = np.flatnonzero(store.column(_CORRECT))
+        self.right = right[np.searchsorted(right, self.first)]
+        count = len(store) // len(self.first)
+        self.words: Ints | None = None
+        if len(store) == count * len(self.first) and (np.diff(self.first) == count).all():
+            alike = (starts.reshape(-1, count) == starts[self.first, None]).all()
+            if alike and (starts == store.lengths - 1).all():
+                self.words = np.array([store.tokens(row)[-1] for row in range(len(store))]).reshape(-1, count)
 
 
 def _held_out(

@@ -89,6 +89,11 @@ class TokenStore:
         return np.concatenate(self._extras[name])
 
     @property
+    def lengths(self) -> Ints:
+        """Tokens of each example, int32."""
+        return np.concatenate([np.diff(each) for each in self._offsets])
+
+    @property
     def digest(self) -> str:
         """SHA-256 (hex) of all examples: equal data sets have equal digests, wherever their files lie."""
         return str(self.facts["digest"])
