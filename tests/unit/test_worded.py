@@ -14,20 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import make_model
 from tests.unit.helpers import really_perturbed
 from zoray.config import MultipleChoiceTask, PromptedTask, RunConfig
 from zoray.config.prompt import expression
 from zoray.config.templates import TEMPLATES
-from zoray.errors import DataError
+from zoray.errors import ConfigError, DataError, ZorayError
 from zoray.loss import ModelLoss
-from zoray.models import load_model
+from zoray.models import load_model, load_tokenizer
 from zoray.perturb import Active, Signs
 from zoray.replica import Replica
 from zoray.tasks import IGNORED_LABEL, batch_for, load_task
-from zoray.tasks.candidates import _choices, _words
+from zoray.tasks.candidates import _choices
 from zoray.tasks.metrics import exact, f1, words
 from zoray.tasks.subset import choose
-from zoray.tasks.worded import joined, prompts
+from zoray.tasks.worded import joined, prompts, word_of
 
 MODEL = Path(__file__).parents[2] / "configs" / "quickstart" / "model"
 """A small GPT-2 with a real byte-level tokenizer."""
@@ -165,8 +166,28 @@ RENDERED: dict[str, tuple[dict[str, Any], str, list[str], set[int]]] = {
 }
 
 
+ENTAILED = "It rained?[MASK], it was wet."
+MASKED = {
+    "sst2_mask": (RENDERED["sst2"][0], "so good It was [MASK]."),
+    "sst5_mask": (RENDERED["sst5"][0], "meh It was [MASK]."),
+    "trec_mask": (RENDERED["trec"][0], "[MASK]: Who wrote it ?"),
+    "mnli_mask": (PAIR, ENTAILED),
+    "snli_mask": (PAIR, ENTAILED),
+    "rte_mask": (PAIR, ENTAILED),
+}
+
+
 def test_every_template_has_a_case() -> None:
-    assert RENDERED.keys() == TEMPLATES.keys()
+    assert RENDERED.keys() | MASKED.keys() == TEMPLATES.keys()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_the_text_around_a_mask(name: str) -> None:
+    row, text = MASKED[name]
+    task = config({"template": name, "train": "t"}).task
+    assert task.architecture == "masked" and task.columns.keys() <= row.keys()
+    assert prompts(task, [(row, "here")], "[MASK]") == [text]  # type: ignore[arg-type]
+    assert task.label_words == TEMPLATES[name.removesuffix("_mask")]["label_words"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -177,7 +198,7 @@ def test_the_text_of_each_data_set(name: str) -> None:
     [rendered] = prompts(task, [(row, "here")])  # type: ignore[arg-type]
     assert rendered == text
     if isinstance(task, PromptedTask | MultipleChoiceTask):
-        found, numbers = (_words if isinstance(task, PromptedTask) else _choices)(task, row, "here")  # type: ignore[operator]
+        found, numbers = (word_of if isinstance(task, PromptedTask) else _choices)(task, row, "here")  # type: ignore[operator]
         assert [joined(text, each)[len(text) :] for each in found] == answers
         assert numbers == right
     else:
@@ -361,6 +382,71 @@ def _found(task: Any, batch: Any, number: int, alone: bool) -> int:
     start = int((batch["labels"][row] != IGNORED_LABEL).int().argmax())
     prompt = batch["input_ids"][row, :start].tolist()
     return next(i for i in range(6) if task._train.tokens(2 * i)[: len(prompt)].tolist() == prompt)
+
+
+FILMS = [{"sentence": f"a {word} film with a {heart} heart", "label": i % 2} for i, (word, heart) in enumerate(
+    [("good", "warm"), ("dull", "cold"), ("clever", "warm"), ("silly", "cold"), ("good", "good")]
+)]  # fmt: skip
+
+
+def masked_model(folder: Path) -> str:
+    path = make_model("roberta", folder)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_words_in_the_place_of_a_mask(tmp_path: Path) -> None:
+    model, data = masked_model(tmp_path), write(tmp_path / "t.jsonl", FILMS)
+    words = {"0": "dull", "1": "good"}
+    keys = {"template": "sst2_mask", "train": data, "eval": data, "label_words": words, "max_length": 16}
+    made = config(keys, model=model)
+    tokenizer = load_tokenizer(made)
+    task = load_task(made, tokenizer)
+    batch = batch_for(task, made, 0, 0, 0)
+    assert (batch["input_ids"] == tokenizer.mask_token_id).sum(1).tolist() == [1, 1, 1]
+    replica = Replica(load_model(made), objective=task.objective)
+    assert replica.prove(batch).batched and not replica.verdict.shifted  # type: ignore[union-attr]
+    tokens = tokenizer.convert_tokens_to_ids(["dull", "good"])
+    values = []
+    for shift in (0.0, 0.05, -0.05):
+        twin, costs = really_perturbed(replica.model, replica, 0, 0, shift), []
+        for row in FILMS:
+            ids = torch.tensor([tokenizer(f"{row['sentence']} It was [MASK].")["input_ids"]])
+            with torch.no_grad():
+                logits = twin(ids).logits[0, ids[0] == tokenizer.mask_token_id][0, tokens].double()
+            costs.append(float(logits.logsumexp(0) - logits[int(str(row["label"]))]))
+        values.append(costs)
+    everything = task._collate(task._train, range(5))  # type: ignore[attr-defined]
+    assert replica.evaluate(everything).sums.tolist() == pytest.approx(values[0], rel=1e-4)
+    probe = replica.probe(0, 0, everything, 0.05)
+    assert probe.loss == pytest.approx(sum(values[1] + values[2]) / 10, rel=1e-4)
+    gradient = (sum(values[1]) - sum(values[2])) / 5 / 0.1
+    assert probe.projected_gradient == pytest.approx(gradient, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "words"),
+    [
+        ({"label_words": {0: "dull film", 1: "good"}}, ConfigError, ["'dull film' is 2 tokens"]),
+        ({"prompt": "{mask} or {mask} {sentence}"}, DataError, ["has 2 masks", "row 1"]),
+        ({"prompt": "{mask}: {sentence}", "max_length": 4}, DataError, ["has 0 masks", "task.max_length"]),
+    ],
+)
+def test_masks_that_do_not_fit(tmp_path: Path, keys: dict[str, Any], kind: type[ZorayError], words: list[str]) -> None:
+    model, data = masked_model(tmp_path), write(tmp_path / "t.jsonl", FILMS)
+    task = {"template": "sst2_mask", "train": data, "label_words": {0: "dull", 1: "good"}, "max_length": 16, **keys}
+    made = config(task, model=model)
+    with pytest.raises(kind) as caught:
+        load_task(made, load_tokenizer(made))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_causal_model_has_no_mask(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer has none"):
+        opened({"template": "sst2_mask", "train": write(tmp_path / "t.jsonl", FILMS)})
 
 
 def test_choices_by_length_normalised_likelihood(tmp_path: Path, tokenizer: Any) -> None:

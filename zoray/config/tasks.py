@@ -1,6 +1,6 @@
 """The section `task`: what is learnt, and from which data.
 
-A task either trains a model on its own terms (`CausalLMTask`, `ClassificationTask`) or is put into words that a causal
+A task either trains a model on its own terms (`CausalLMTask`, `ClassificationTask`) or is put into words that a
 language model continues: label words (`PromptedTask`), choices of each row (`MultipleChoiceTask`), or free text
 (`GenerationTask`).
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,9 @@ from zoray.config.templates import TEMPLATES
 CellKind = Literal["text", "label", "value"]
 """What a column must hold: `text` is str, `label` is int or str, `value` is anything but null."""
 
+Architecture = Literal["causal", "masked", "classifier"]
+"""A causal or masked language model, or a sequence classifier."""
+
 _FILES = (
     "a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names); also on an object "
     "store (`s3://bucket/folder`, `gs://...`)."
@@ -30,8 +33,6 @@ _FILES = (
 
 class CausalLMTask(Section):
     """Causal language modelling; without a prompt column, documents are packed into sequences of `max_length`."""
-
-    causal: ClassVar[bool] = True
 
     kind: Literal["causal_lm"] = key(..., "Causal language modelling.", mathematics=True)
     train: str = key(
@@ -49,6 +50,11 @@ class CausalLMTask(Section):
         min_length=1,
     )
     max_length: int = key(128, "Longest sequence, in tokens.", mathematics=True, ge=2)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The kind of model that is trained."""
+        return "causal"
 
     @property
     def columns(self) -> dict[str, CellKind]:
@@ -74,8 +80,6 @@ class CausalLMTask(Section):
 class ClassificationTask(Section):
     """Sequence classification of a text or a pair of texts."""
 
-    causal: ClassVar[bool] = False
-
     kind: Literal["classification"] = key(..., "Sequence classification.", mathematics=True)
     train: str = key(
         ...,
@@ -98,6 +102,11 @@ class ClassificationTask(Section):
     max_length: int = key(128, "Longest sequence, in tokens; longer ones are cut.", mathematics=True, ge=2)
 
     @property
+    def architecture(self) -> Architecture:
+        """The kind of model that is trained."""
+        return "classifier"
+
+    @property
     def columns(self) -> dict[str, CellKind]:
         """The columns that are read of each row."""
         pair: dict[str, CellKind] = {self.text_pair_column: "text"} if self.text_pair_column else {}
@@ -118,8 +127,6 @@ class ClassificationTask(Section):
 
 class WordedTask(Section):
     """What the tasks have in common that are put into words for a causal language model."""
-
-    causal: ClassVar[bool] = True
 
     kind: str = key(..., "Kind of task.", mathematics=True)
     template: str | None = key(
@@ -155,6 +162,11 @@ class WordedTask(Section):
     sample_seed: int = key(0, "Which examples are drawn.", mathematics=True, ge=0, le=2**63 - 1)
 
     @property
+    def architecture(self) -> Architecture:
+        """The kind of model that is trained."""
+        return "causal"
+
+    @property
     def templates(self) -> tuple[str, ...]:
         """All texts with columns in braces."""
         return (self.prompt,)
@@ -170,7 +182,7 @@ class WordedTask(Section):
         found = frozenset[str]().union(
             *(prompt(text).columns for text in self.templates), *(expression(text).columns for text in self.expressions)
         )
-        return dict.fromkeys(sorted(found - {"choice"}), "value")
+        return dict.fromkeys(sorted(found - {"choice", "mask"}), "value")
 
     @field_validator("prompt", "choice_text", check_fields=False)
     @classmethod
@@ -186,7 +198,11 @@ class WordedTask(Section):
 
 
 class PromptedTask(WordedTask):
-    """Classification by the label word that a causal language model finds most likely after a prompt."""
+    """Classification by the label word that a language model finds most likely after a prompt.
+
+    A prompt with `{mask}` (`{sentence} It was {mask}.`) is for a masked language model such as RoBERTa, and the word is
+    in its place.
+    """
 
     kind: Literal["classification"] = key(..., "Classification by label words.", mathematics=True)
     label_words: dict[str, str] = key(
@@ -202,6 +218,11 @@ class PromptedTask(WordedTask):
     k_shot: int | None = key(
         None, "Train on so many examples of each class, drawn by `sample_seed`.", mathematics=True, ge=1
     )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The kind of model that is trained."""
+        return "masked" if "mask" in prompt(self.prompt).columns else "causal"
 
     @property
     def columns(self) -> dict[str, CellKind]:

@@ -2,8 +2,9 @@
 
 The wording of MeZO's eleven tasks for causal language models (Malladi et al. 2023, appendix E) is what its published
 numbers were measured with, so it is kept to the letter. MeZO has `sst5`, `trec`, `mnli` and `snli` for masked language
-models only; here they are put like the tasks nearest to them, with its label words. Columns are those of the data sets
-on the Hugging Face hub (`glue`, `super_glue`, `SetFit/sst5`, `trec`, `snli`, `squad`, `ucinlp/drop`).
+models only: those are the templates that end in `_mask`, after LM-BFF (Gao et al. 2021); without it they are put like
+the tasks nearest to them. Columns are those of the data sets on the Hugging Face hub (`glue`, `super_glue`,
+`SetFit/sst5`, `trec`, `snli`, `squad`, `ucinlp/drop`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _LOWER_FIRST = (
     "{choice if choice.split(' ')[0] == 'I' else choice.split(' ')[0].lower() ~ choice[choice.split(' ')[0] | length:]}"
 )
 _BOOLQ = "{passage} {question[0] | upper}{question[1:]}{'' if question.endswith('?') else '?'}"
+
+_MASKED_PAIR = "{premise.rstrip().rstrip('.,;!?')}?{mask}, {hypothesis[0] | lower}{hypothesis[1:]}"
 
 TEMPLATES: dict[str, dict[str, Any]] = {
     "sst2": {
@@ -107,3 +110,13 @@ TEMPLATES: dict[str, dict[str, Any]] = {
     },
 }
 """The keys of a task by the name of a data set."""
+
+for _name, _prompt in {
+    "sst2": "{sentence.strip()} It was {mask}.",
+    "sst5": "{text.strip()} It was {mask}.",
+    "trec": "{mask}: {text.strip()}",
+    "mnli": _MASKED_PAIR,
+    "snli": _MASKED_PAIR,
+    "rte": _MASKED_PAIR,
+}.items():
+    TEMPLATES[f"{_name}_mask"] = {**TEMPLATES[_name], "prompt": _prompt}

@@ -152,7 +152,7 @@ def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections,
 
 def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
     ids = torch.empty((rows, config.task.max_length), dtype=torch.int64)
-    labels = torch.empty(ids.shape if config.task.causal else (rows,), dtype=torch.int64)
+    labels = torch.empty((rows,) if config.task.architecture == "classifier" else ids.shape, dtype=torch.int64)
     return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": labels}
 
 

@@ -7,7 +7,7 @@ the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ import torch
 
 from zoray.config import MultipleChoiceTask, PromptedTask, RunConfig
 from zoray.config.prompt import expression, prompt
-from zoray.config.tasks import label_text
 from zoray.errors import DataError
 from zoray.objective import Candidates
 from zoray.tasks.base import IGNORED_LABEL, Batch, Task, padding_id, score_of
+from zoray.tasks.masked import fill
 from zoray.tasks.store import Facts, Ints, TokenBatch, TokenStore, fingerprint, open_store
-from zoray.tasks.worded import Row, Source, answered, prompts
+from zoray.tasks.worded import Row, Source, answered, prompts, word_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +38,8 @@ class CandidatesTask(Task):
     Else it has a row for each candidate: `labels` are the candidate's tokens, `candidate` (rows,) its number in the
     example, `correct` (rows,) whether it is right. With `loss: answer`, batches of probes have the first right
     candidate of each example alone, as number 0, unless the objective is another than the loss.
+
+    For a masked language model the place of the words is that of the mask, which the model is given there.
     """
 
     kind = "candidates"
@@ -46,8 +48,10 @@ class CandidatesTask(Task):
         task = config.task
         assert isinstance(task, PromptedTask | MultipleChoiceTask)
         source = Source(task, task.train, training=True)
+        masked = task.architecture == "masked"
+        self._mask = tokenizer.mask_token_id if masked else None
         train, held_out = _open(task, source, tokenizer, dev=False), _held_out(task, source, tokenizer, final)
-        self._examples = {id(store): _Examples(store) for store in (train, held_out) if store is not None}
+        self._examples = {id(store): _Examples(store, masked) for store in (train, held_out) if store is not None}
         super().__init__(config, train, held_out, padding_id(tokenizer))
         self._answers = task.loss == "answer" and config.differentiable
         self.objective = Candidates(task.loss, score_of(config.objective))
@@ -84,7 +88,11 @@ class CandidatesTask(Task):
         starts, numbers, right = (
             torch.tensor([store.extra(name, row) for row in rows]) for name in (_START, _CANDIDATE, _CORRECT)
         )
-        labels[torch.arange(labels.shape[1]) < starts[:, None]] = IGNORED_LABEL
+        places = torch.arange(labels.shape[1])
+        labels[places < starts[:, None]] = IGNORED_LABEL
+        if self._mask is not None:
+            labels[places > starts[:, None]] = IGNORED_LABEL
+            batch["input_ids"][places == starts[:, None]] = self._mask
         return {**batch, "labels": labels, "candidate": numbers, "correct": right}
 
 
@@ -94,10 +102,11 @@ class _Examples:
     Attributes:
         first: the first row of each.
         right: the first row of each that is right.
-        words: the token that each candidate is, shape (examples, candidates), if each is one token in the same place.
+        words: the token that each candidate is, shape (examples, candidates), if each is one token in the same place:
+            the last of its row, or wherever the mask is.
     """
 
-    def __init__(self, store: TokenStore) -> None:
+    def __init__(self, store: TokenStore, masked: bool) -> None:
         starts = store.column(_START)
         self.first = np.flatnonzero(store.column(_CANDIDATE) == 0)
         right = np.flatnonzero(store.column(_CORRECT))
@@ -106,8 +115,9 @@ class _Examples:
         self.words: Ints | None = None
         if len(store) == count * len(self.first) and (np.diff(self.first) == count).all():
             alike = (starts.reshape(-1, count) == starts[self.first, None]).all()
-            if alike and (starts == store.lengths - 1).all():
-                self.words = np.array([store.tokens(row)[-1] for row in range(len(store))]).reshape(-1, count)
+            if masked or (alike and (starts == store.lengths - 1).all()):
+                words = [store.tokens(row)[start] for row, start in enumerate(starts)]
+                self.words = np.array(words).reshape(-1, count)
 
 
 def _held_out(
@@ -121,10 +131,12 @@ def _held_out(
 def _open(
     task: PromptedTask | MultipleChoiceTask, source: Source, tokenizer: PreTrainedTokenizerBase, *, dev: bool
 ) -> TokenStore:
+    tokenize: Callable[..., tuple[TokenBatch, int]] = fill if task.architecture == "masked" else _tokenize
+
     def rows(facts: Facts) -> Iterator[TokenBatch]:
         cut = count = 0
         for chunk in source.rows(dev=dev):
-            batch, lost = _tokenize(task, chunk, tokenizer)
+            batch, lost = tokenize(task, chunk, tokenizer)
             count, cut = count + len(chunk), cut + lost
             yield batch
         if cut:
@@ -137,7 +149,7 @@ def _tokenize(
     task: PromptedTask | MultipleChoiceTask, rows: list[Row], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TokenBatch, int]:
     """The candidates of some rows, and how many rows have prompts that were cut."""
-    find = partial(_words, task) if isinstance(task, PromptedTask) else partial(_choices, task)
+    find = partial(word_of, task) if isinstance(task, PromptedTask) else partial(_choices, task)
     offered = [find(*row) for row in rows]
     before, texts, places = [], [], []
     batch = TokenBatch([], {_START: [], _CANDIDATE: [], _CORRECT: []})
@@ -151,19 +163,6 @@ def _tokenize(
     batch.tokens.extend(each.tokens for each in found)
     batch.extras[_START].extend(each.start for each in found)
     return batch, len({place for place, each in zip(places, found, strict=True) if each.cut})
-
-
-def _words(task: PromptedTask, row: dict[str, Any], where: str) -> tuple[list[str], set[int]]:
-    """The label words, and the number of the right one."""
-    label = label_text(row[task.label_column])
-    known = list(task.label_words)
-    if label not in known:
-        raise DataError(
-            f"The label {label!r} has no word; there are words for {', '.join(known)}.",
-            where=f"{where}, column {task.label_column}",
-            advice="Give it one in task.label_words.",
-        )
-    return list(task.label_words.values()), {known.index(label)}
 
 
 def _choices(task: MultipleChoiceTask, row: dict[str, Any], where: str) -> tuple[list[str], set[int]]:

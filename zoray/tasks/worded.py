@@ -117,9 +117,22 @@ def joined(before: str, answer: str) -> str:
     return before + ("" if not before or before[-1].isspace() else " ") + answer
 
 
-def prompts(task: WordedTask, rows: Sequence[Row]) -> list[str]:
-    """The prompt of each row."""
-    return [prompt(task.prompt).render(*row) for row in rows]
+def prompts(task: WordedTask, rows: Sequence[Row], mask: str | None = None) -> list[str]:
+    """The prompt of each row; `mask` is what stands for `{mask}`."""
+    return [prompt(task.prompt).render({**row, "mask": mask}, where) for row, where in rows]
+
+
+def word_of(task: PromptedTask, row: dict[str, Any], where: str) -> tuple[list[str], set[int]]:
+    """The label words, and the number of the right one."""
+    label = label_text(row[task.label_column])
+    known = list(task.label_words)
+    if label not in known:
+        raise DataError(
+            f"The label {label!r} has no word; there are words for {', '.join(known)}.",
+            where=f"{where}, column {task.label_column}",
+            advice="Give it one in task.label_words.",
+        )
+    return list(task.label_words.values()), {known.index(label)}
 
 
 def _fitted(
