@@ -21,6 +21,8 @@ from zoray.config.prompt import expression
 from zoray.config.templates import TEMPLATES
 from zoray.errors import ConfigError, DataError, ZorayError
 from zoray.loss import ModelLoss
+from zoray.memory import Resident
+from zoray.memory.streamed import Streamed
 from zoray.models import load_model, load_tokenizer
 from zoray.perturb import Active, Signs
 from zoray.replica import Replica
@@ -573,3 +575,27 @@ def test_the_digest_covers_the_answers(tmp_path: Path) -> None:
         rows = [{**SQUAD[0], "answers": {"text": ["a list", last]}}]
         digests.add(opened({"template": "squad", "train": write(tmp_path / f"{last}.jsonl", rows)})[1].digest)
     assert len(digests) == 2
+
+
+def test_weights_that_are_streamed_write_the_same(tmp_path: Path) -> None:
+    data = write(tmp_path / "t.jsonl", SQUAD)
+    keys = {"template": "squad", "train": data, "eval": data, "max_new_tokens": 8, "stop": "###"}
+    made, task = opened(keys, objective="f1")
+    batch, found = batch_for(task, made, 0, 0, 0), []
+    for memory in (Resident, Streamed):
+        replica = Replica(load_model(made), objective=task.objective, memory=memory)
+        replica.prove(batch)
+        found.append((replica.probe(1, 0, batch, 0.01), replica.evaluate(task.eval_batch(0)).summary()))
+    assert found[0] == found[1] and found[0][0].projected_gradient != 0
+
+
+def test_words_in_another_order_are_other_data(tmp_path: Path) -> None:
+    """A fingerprint sorts the keys of mappings, and candidates are numbered in their order."""
+    data = write(tmp_path / "t.jsonl", SST2)
+    words = {"0": "terrible", "1": "great"}
+    tasks = [
+        opened({"template": "sst2", "train": data, "label_words": each})[1]
+        for each in (words, dict(reversed(words.items())))
+    ]
+    rights = [task.batch([0])["correct"].tolist() for task in tasks]
+    assert rights == [[0, 1], [1, 0]] and tasks[0].digest != tasks[1].digest

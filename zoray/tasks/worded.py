@@ -86,7 +86,11 @@ class Source:
     def keys(self, *, dev: bool) -> dict[str, Any]:
         """What of the configuration decides which tokens there are."""
         ignored = {"template", "train", "eval", "loss", "max_new_tokens"}
-        return {**self.task.model_dump(exclude=ignored), "training": self.training, "dev": dev}
+        keys = {**self.task.model_dump(exclude=ignored), "training": self.training, "dev": dev}
+        if isinstance(self.task, PromptedTask):
+            # Candidates are numbered in the order of the words, which a fingerprint does not see of a mapping.
+            keys["label_words"] = list(self.task.label_words.items())
+        return keys
 
 
 def answered(
