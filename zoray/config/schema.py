@@ -20,7 +20,7 @@ from zoray.config.sections import (
     fault,
     key,
 )
-from zoray.config.tasks import TaskConfig, WordedTask
+from zoray.config.tasks import GenerationTask, TaskConfig, WordedTask
 from zoray.schedule import POLYNOMIAL_END
 from zoray.stores import has_keys, shown
 
@@ -250,6 +250,11 @@ class RunConfig(Section):
     def differentiable(self) -> bool:
         """Whether what the probes minimise has a gradient that backpropagation could find."""
         return self.objective == "loss"
+
+    @property
+    def signs_apart(self) -> bool:
+        """Whether the objective takes the two signs of a probe in two forwards, whatever the model allows."""
+        return not self.differentiable and (":" in self.objective or isinstance(self.task, GenerationTask))
 
     @property
     def evaluated_in_run(self) -> bool:

@@ -139,7 +139,8 @@ def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections,
         held_out = _batch(config, config.per_device_eval_batch_size * config.task.rows_per_example(held_out=True))
 
     def proof() -> None:
-        made = prove(model, directions, batch, rows, signs=config.signs, head=config.head, epsilon=config.epsilon)
+        signs = "sequential" if config.signs_apart else config.signs
+        made = prove(model, directions, batch, rows, signs=signs, head=config.head, epsilon=config.epsilon)
         found.append(made)
 
     counter.count("proof of the fast paths", proof, batch.values())
