@@ -69,6 +69,11 @@ class Exporter:
         self._eval_accuracy = self._make(
             Gauge, "eval_accuracy_ratio", "Share of held-out examples classified right in the latest evaluation."
         )
+        self._eval_score = self._make(
+            Gauge,
+            "eval_score",
+            "Mean score of the latest evaluation: F1 of generated text, or that of a function.",
+        )
         self._rate = self._make(Gauge, "learning_rate", "Learning rate of the last step.")
         self._gradient = self._make(
             Gauge, "projected_gradient_rms", "Root mean square of the last step's projected gradients."
@@ -148,6 +153,7 @@ class Exporter:
         self._eval_loss.labels(self._run).set(evaluation.loss)
         accuracy = evaluation.correct / evaluation.count if evaluation.count else float("nan")
         self._eval_accuracy.labels(self._run).set(accuracy)
+        self._eval_score.labels(self._run).set(evaluation.score)
 
     def committed(self, record: StepRecord, split: Split, tokens: float, gradients: int = 0) -> None:
         """A step is committed.

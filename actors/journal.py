@@ -103,7 +103,8 @@ class Journal:
         self.exporter.begin(step)
         for row in self.folder.rows("evaluations"):
             if row["step"] <= step:
-                self._evaluated(Evaluation(row["loss"], row["standard_error"], row["count"], row["correct"]))
+                measured = row["loss"], row["standard_error"], row["count"], row["correct"], row.get("score", 0.0)
+                self._evaluated(Evaluation(*measured))
         if self.progress.last is not None:
             self.exporter.evaluated(self.progress.last)
 
@@ -241,6 +242,7 @@ def _evaluation_row(step: int, evaluation: Evaluation) -> dict[str, float]:
         "standard_error": evaluation.standard_error,
         "count": evaluation.count,
         "correct": evaluation.correct,
+        "score": evaluation.score,
     }
 
 

@@ -128,6 +128,7 @@ class ReplicaActor:
                 signs=config.signs,
                 head=config.head,
                 estimator=config.estimator,
+                objective=self.task.objective,
                 memory=memory,
             )
             self.replica.prove(self._batch(Item(Kind.PROBE, 0)), config.epsilon)

@@ -179,7 +179,10 @@ def overview() -> Dashboard:
         "Size of the gradient", [("projected gradient, root mean square", _latest("zoray_projected_gradient_rms"))],
         text="of the directions of the last step", width=12,
     )  # fmt: skip
-    board.graph("Held-out accuracy", [("accuracy", _latest("zoray_eval_accuracy_ratio"))], "percentunit", min=0, max=1)
+    board.graph("Held-out accuracy and score", [
+        ("accuracy", _latest("zoray_eval_accuracy_ratio")),
+        ("score", _latest("zoray_eval_score")),
+    ], "percentunit")  # fmt: skip
     board.graph("Learning rate", [("learning rate", _latest("zoray_learning_rate"))], "sci")
     board.graph("Directions clipped and not finite", [
         ("clipped", f"{_rate('zoray_clipped_directions_total')} / {_rate('zoray_directions_total')}"),

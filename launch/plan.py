@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.progress import size
-from zoray.config import DIFFERENTIATING, ClassificationTask, RunConfig, load, mathematics
+from zoray.config import (
+    DIFFERENTIATING,
+    ClassificationTask,
+    GenerationTask,
+    MultipleChoiceTask,
+    RunConfig,
+    load,
+    mathematics,
+)
 from zoray.errors import ConfigError, ResourceError
 from zoray.planning import Change, Fit, Machine, Place, Plan, Planner, storage
 
@@ -99,6 +107,10 @@ def _assumed(made: Plan) -> list[str]:
     lines = [f"batches are as wide as task.max_length, {config.task.max_length} tokens; narrower ones take less"]
     if isinstance(config.task, ClassificationTask) and config.task.num_labels is None:
         lines.append("as many classes as the model's config.json says, since task.num_labels is left to the data")
+    if isinstance(config.task, MultipleChoiceTask) and isinstance(config.task.choices, str):
+        lines.append("every example has two choices, since their number is left to the data")
+    if isinstance(config.task, GenerationTask):
+        lines.append("generated text is left out: its cache of keys and values takes more the longer the prompts are")
     if "auto" in (config.proved_signs, config.head):
         lines.append("the first batch proves the paths that the model's structure allows (`signs`, `head`: auto)")
     if config.gpus_per_replica:

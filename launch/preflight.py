@@ -7,17 +7,13 @@ import os
 import socket
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
-from zoray.config import CausalLMTask, ClassificationTask, ResidentMemory, RunConfig, Zero3Memory
+from zoray.config import ResidentMemory, RunConfig, Zero3Memory
 from zoray.errors import ConfigError, ResourceError, RunError
 from zoray.runs import RunFolder
 from zoray.stores import shown
-
-if TYPE_CHECKING:
-    from zoray.tasks.source import CellKind
 
 PROCESS_BYTES = 400 << 20
 """What a replica's process takes beside the weights: the libraries, mostly."""
@@ -39,17 +35,20 @@ def check_paths(config: RunConfig) -> None:
     check(config)
     for path in (config.task.train, config.task.eval):
         if path is not None:
-            first = next(read_rows(find_files(path), _columns(config.task)), None)
+            first = next(read_rows(find_files(path), config.task.columns), None)
             require_examples(0 if first is None else 1, path)
 
 
-def _columns(task: CausalLMTask | ClassificationTask) -> dict[str, CellKind]:
-    """What the task reads of each row."""
-    if isinstance(task, ClassificationTask):
-        pair: dict[str, CellKind] = {task.text_pair_column: "text"} if task.text_pair_column else {}
-        return {task.text_column: "text", **pair, task.label_column: "label"}
-    prompt: dict[str, CellKind] = {task.prompt_column: "text"} if task.prompt_column else {}
-    return {**prompt, task.text_column: "text"}
+def check_objective(config: RunConfig) -> None:
+    """Import the user's function that is to be maximised, if there is one.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no function.
+    """
+    if ":" in config.objective:
+        from zoray.objective import load_function
+
+        load_function(config.objective)
 
 
 def check_snapshots(folder: RunFolder, config: RunConfig) -> None:

@@ -200,9 +200,11 @@ def line(progress: Progress) -> str:
 
 
 def evaluated(evaluation: Evaluation) -> str:
-    """An evaluation in a few words; the accuracy where examples were classified."""
+    """An evaluation in a few words; the accuracy where examples were classified, and the score where there is one."""
     text = f"{evaluation.loss:.4f} ± {evaluation.standard_error:.4f}"
-    return f"{text}, accuracy {evaluation.correct / evaluation.count:.1%}" if evaluation.correct else text
+    if evaluation.correct:
+        text += f", accuracy {evaluation.correct / evaluation.count:.1%}"
+    return f"{text}, score {evaluation.score:.4f}" if evaluation.score else text
 
 
 def outcome(first: Evaluation, last: Evaluation) -> str:

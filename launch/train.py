@@ -14,7 +14,15 @@ from typing import Any
 
 from actors.lock import RunLock
 from launch.cluster import Place, connect
-from launch.preflight import check_libraries, check_memory, check_paths, check_port, check_snapshots, check_trackers
+from launch.preflight import (
+    check_libraries,
+    check_memory,
+    check_objective,
+    check_paths,
+    check_port,
+    check_snapshots,
+    check_trackers,
+)
 from launch.progress import Watcher
 from zoray.config import RunConfig, changed, load
 from zoray.errors import LedgerError, NumericsError, ResourceError, RunError, ZorayError
@@ -35,6 +43,7 @@ def train(config_path: str, overrides: list[str]) -> None:
     check_port(config)
     check_trackers(config)
     check_paths(config)
+    check_objective(config)
     check_libraries(config)
     check_memory(config)
     begin(RunFolder.create(config, Path(config_path).stem), config)

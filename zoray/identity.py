@@ -32,6 +32,7 @@ class Identity:
         layout: digest (hex) of the trainable parameters' names, shapes and dtypes.
         data: digest (hex) of the tokenised training data.
         verdict: the paths of the forward (see `zoray.proof`).
+        objective: what the probes minimise; of a user's function, with a digest of its source.
     """
 
     version: str
@@ -41,6 +42,7 @@ class Identity:
     layout: str
     data: str
     verdict: Verdict
+    objective: str = "loss"
 
     def check(self, other: Identity, who: str) -> None:
         """Refuse a replica that computes something else.
@@ -56,6 +58,7 @@ class Identity:
             "layout": "set of trainable parameters",
             "data": "training data",
             "verdict": "path of the forward",
+            "objective": "objective",
         }
         for field, word in words.items():
             mine, theirs = getattr(self, field), getattr(other, field)
@@ -71,7 +74,8 @@ def identify(replica: Replica, data: str, config: RunConfig) -> Identity:
     """The identity of a replica at step 0 whose paths have been proved."""
     assert replica.verdict is not None
     base, layout = f"{replica.base_digest():016x}", replica.layout.identity
-    return Identity(__version__, code_digest(), config_digest(config), base, layout, data, replica.verdict)
+    code, mathematics, objective = code_digest(), config_digest(config), replica.objective.identity
+    return Identity(__version__, code, mathematics, base, layout, data, replica.verdict, objective)
 
 
 def check_newcomer(identity: Identity, config: RunConfig, who: str) -> None:
@@ -128,8 +132,10 @@ def check_header(header: dict[str, Any], identity: Identity, config: RunConfig, 
                 where=f"{where}, {key}",
                 advice=f"resume with {key}={old[key]}, or start a new run",
             )
-    recorded, found = header["identity"], _recorded(identity)
-    for field, word in (("base", "base model"), ("layout", "set of parameters"), ("data", "data"), ("verdict", "path")):
+    recorded, found = dict(header["identity"]), _recorded(identity)
+    recorded.setdefault("objective", "loss")
+    words = {"base": "base model", "layout": "set of parameters", "data": "data", "verdict": "path"}
+    for field, word in {**words, "objective": "objective"}.items():
         if recorded[field] != found[field]:
             raise LedgerError(
                 f"The ledger belongs to another {word}: it says {recorded[field]}, this is {found[field]}.",

@@ -28,6 +28,8 @@ from zoray.perturb.linear import LinearLayer
 
 Batch = Mapping[str, torch.Tensor]
 IGNORED = -100
+ASIDE = frozenset(("labels", "words", "right", "candidate", "correct", "prompt_ids", "prompt_mask", "references"))
+"""What a batch has beside the inputs of the model: targets, and what objectives need (see `zoray.objective`)."""
 _SLICE_ELEMENTS = 1 << 20
 
 
@@ -39,21 +41,27 @@ class RowLosses:
         sums: sum over the row's targets, float64.
         counts: number of targets, int64.
         correct: whether the most likely class is the right one, for a classification.
+        scores: what the rows are measured by beside the loss (float64), higher is better, if by anything.
+        outputs: what the losses were computed from, where an objective needs it: the logits, or the log-likelihoods of
+            the batch's `words`.
     """
 
     sums: torch.Tensor
     counts: torch.Tensor
     correct: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
 
     def mean(self, rows: slice = slice(None)) -> float:
         """Mean over all targets of some rows; NaN where there is none."""
         return float(self.sums[rows].sum() / self.counts[rows].sum())
 
-    def summary(self) -> tuple[float, float, int, int]:
-        """Over the rows that have a target: sum of the mean losses, sum of their squares, rows, and correct ones."""
+    def summary(self) -> tuple[float, float, int, int, float]:
+        """Over the rows that have a target: sum of the mean losses and of their squares, rows, correct ones, scores."""
         losses = (self.sums / self.counts)[self.counts > 0]
         correct = 0 if self.correct is None else int(self.correct.sum())
-        return float(losses.sum()), float(losses.square().sum()), len(losses), correct
+        score = 0.0 if self.scores is None else float(self.scores.sum())
+        return float(losses.sum()), float(losses.square().sum()), len(losses), correct, score
 
 
 LossFunction = Callable[[nn.Module, Batch], RowLosses]
@@ -69,10 +77,11 @@ class ModelLoss:
         model: a model whose output is its logits, or has them as `.logits`.
         chunked: compute the head in slices.
         shifted: compare the logits at t with the label at t+1, as causal models do.
+        kept: return the logits too, as `RowLosses.outputs`.
     """
 
-    def __init__(self, model: nn.Module, chunked: bool = False, shifted: bool = False) -> None:
-        self.model, self.chunked, self.shifted = model, chunked, shifted
+    def __init__(self, model: nn.Module, chunked: bool = False, shifted: bool = False, kept: bool = False) -> None:
+        self.model, self.chunked, self.shifted, self.kept = model, chunked, shifted, kept
 
     @cached_property
     def accepted(self) -> frozenset[str]:
@@ -98,13 +107,18 @@ class ModelLoss:
         """Losses of each row.
 
         Args:
-            batch: inputs of the model and `labels`.
+            batch: inputs of the model and `labels`; with `words` (rows, candidates), each row has one label, and the
+                log-likelihoods of those tokens in its place are returned too.
             active: the direction in force; the chunked head applies it itself.
             layer: the head with the specs of its trainable parameters, as the engine has it.
         """
         labels = batch["labels"]
         if not self.chunked or labels.dim() != 2 or self.head is None:
-            return self.from_logits(self.logits(batch), labels)
+            logits = self.logits(batch)
+            losses = self.from_logits(logits, labels)
+            if "words" in batch:
+                return replace(losses, outputs=self._of_words(logits, labels, batch["words"]))
+            return replace(losses, outputs=logits) if self.kept else losses
         head = self.head if layer is None else layer
         with kept_whole(head.module.parameters(recurse=False)) as keep:
 
@@ -114,11 +128,11 @@ class ModelLoss:
 
             with replaced_forward(head.module, passing):
                 hidden = self.logits(batch)
-            return self._chunked(hidden, labels, active, head)
+            return self._chunked(hidden, labels, batch.get("words"), active, head)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """The model's logits: (rows, classes) or (rows, T, vocabulary)."""
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k not in ASIDE}
         if "use_cache" in self.accepted:
             inputs["use_cache"] = False
         shift: Any = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
@@ -146,8 +160,21 @@ class ModelLoss:
         losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         return _by_row(losses.view(labels.shape).double(), labels)
 
+    def _of_words(self, logits: torch.Tensor, labels: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        if self.shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        chosen = labels != IGNORED
+        some = chosen.any(1)
+        found = logits[chosen].float().log_softmax(-1).gather(1, words[some])
+        return torch.zeros(words.shape, dtype=torch.float64, device=words.device).index_put((some,), found.double())
+
     def _chunked(
-        self, hidden: torch.Tensor, labels: torch.Tensor, active: Active | None, head: LinearLayer
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        words: torch.Tensor | None,
+        active: Active | None,
+        head: LinearLayer,
     ) -> RowLosses:
         if self.shifted:
             hidden, labels = hidden[:, :-1], labels[:, 1:]
@@ -155,21 +182,32 @@ class ModelLoss:
         weight = head.module._parameters["weight"]
         assert weight is not None
         # A model that widens the logits after its head widens the hidden states here; the head was given them narrow.
-        flat, targets = hidden[chosen].to(weight.dtype), labels[chosen]
+        flat, targets = hidden[chosen].to(weight.dtype), labels[chosen][:, None]
+        some = chosen.any(1)
+        if words is not None:
+            targets = torch.cat([targets, words[some]], 1)
+        found = _sliced_cross_entropy(flat, targets, active, head)
         losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-        losses[chosen] = _sliced_cross_entropy(flat, targets, active, head)
-        return _by_row(losses, labels)
+        losses[chosen] = found[:, 0]
+        if words is None:
+            return _by_row(losses, labels)
+        likelihoods = torch.zeros(words.shape, dtype=torch.float64, device=words.device)
+        likelihoods[some] = -found[:, 1:]
+        return replace(_by_row(losses, labels), outputs=likelihoods)
 
 
 def _sliced_cross_entropy(
     flat: torch.Tensor, targets: torch.Tensor, active: Active | None, head: LinearLayer
 ) -> torch.Tensor:
-    """Cross entropy (float64) of each of `flat`'s rows, from logits made a slice of the vocabulary at a time."""
+    """Cross entropy (float64) of each of `flat`'s rows with each of its targets, shape (rows, targets).
+
+    The logits are made a slice of the vocabulary at a time.
+    """
     weight, bias = head.module._parameters["weight"], head.module._parameters.get("bias")
     assert weight is not None
     coefficients = head.project(active, flat) if active is not None else None
     width = max(256, _SLICE_ELEMENTS // max(len(flat), 1))
-    target = flat.new_zeros(len(flat), dtype=torch.float32)
+    target = flat.new_zeros(targets.shape, dtype=torch.float32)
     parts = []
     for start in range(0, len(weight), width):
         outputs = slice(start, min(start + width, len(weight)))
@@ -181,8 +219,8 @@ def _sliced_cross_entropy(
         parts.append(exact.logsumexp(-1))
         inside = (targets >= start) & (targets < outputs.stop)
         local = (targets - start).clamp(0, outputs.stop - start - 1)
-        target = torch.where(inside, exact.gather(1, local[:, None]).squeeze(1), target)
-    return torch.stack(parts).double().logsumexp(0) - target.double()
+        target = torch.where(inside, exact.gather(1, local), target)
+    return torch.stack(parts).double().logsumexp(0)[:, None] - target.double()
 
 
 def _by_row(losses: torch.Tensor, labels: torch.Tensor) -> RowLosses:

@@ -15,6 +15,7 @@ import torch
 from zoray.directions import Directions
 from zoray.errors import ModelError
 from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled
+from zoray.objective import Objective
 from zoray.partitioned import is_partitioned
 from zoray.perturb import Active, Engine, NotBatchable, Signs
 from zoray.proof import Verdict, head_layer
@@ -30,14 +31,21 @@ class Prober:
 
     Args:
         loss: a custom loss; by default the model's own (`ModelLoss`).
+        objective: what is minimised and measured; by default that loss.
     """
 
     def __init__(
-        self, model: torch.nn.Module, directions: Directions, verdict: Verdict, loss: LossFunction | None = None
+        self,
+        model: torch.nn.Module,
+        directions: Directions,
+        verdict: Verdict,
+        loss: LossFunction | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.directions, self.verdict = directions, verdict
         self.engine = Engine(model, directions.layout, frozenset(verdict.strays), verdict.rows)
-        self._loss = _bind(model, self.engine, verdict, loss)
+        self._model, self._objective = model, objective or Objective()
+        self._loss = _bind(model, self.engine, verdict, loss, self._objective.whole)
         self._whole = ModelLoss(model, shifted=verdict.shifted) if loss is None else partial(loss, model)
         self._partitioned = any(map(is_partitioned, model.parameters()))
         self._warned: set[object] = set()
@@ -83,13 +91,13 @@ class Prober:
             return self._run(step, direction, batch, epsilon * abs(sign), signs, len(batch["labels"])).mean()
 
     def evaluate(self, batch: Batch) -> RowLosses:
-        """Row losses at the unperturbed weights."""
+        """Row losses at the unperturbed weights, with what else the objective measures."""
         with torch.no_grad():
-            return self._loss(batch, None)
+            return self._objective.evaluate(self._model, batch, lambda: self._loss(batch, None))
 
     def mean_loss(self, batch: Batch) -> torch.Tensor:
         """L(theta), a float64 number, with whatever torch takes down to differentiate it: the head is in one piece."""
-        losses = self._whole(batch)
+        losses = self._objective.probe(self._model, batch, lambda: self._whole(batch))
         return losses.sums.sum() / losses.counts.sum()
 
     def _refuse_alone(self, batch: Batch, fault: NotBatchable) -> None:
@@ -113,14 +121,14 @@ class Prober:
     def _run(self, step: int, index: int, batch: Batch, epsilon: float, signs: Signs, rows: int) -> RowLosses:
         active = Active(self.directions, step, index, epsilon, signs, rows)
         with self.engine.perturbed(active):
-            return self._loss(batch, active)
+            return self._objective.probe(self._model, batch, lambda: self._loss(batch, active))
 
 
 def _bind(
-    model: torch.nn.Module, engine: Engine, verdict: Verdict, loss: LossFunction | None
+    model: torch.nn.Module, engine: Engine, verdict: Verdict, loss: LossFunction | None, kept: bool
 ) -> Callable[[Batch, Active | None], RowLosses]:
     if loss is not None:
         return lambda batch, active: loss(model, batch)
-    own = ModelLoss(model, verdict.chunked, verdict.shifted)
+    own = ModelLoss(model, verdict.chunked, verdict.shifted, kept)
     layer = head_layer(own, engine)
     return lambda batch, active: own(batch, active, layer)

@@ -18,7 +18,7 @@ from torch import nn
 
 from zoray.directions import Directions
 from zoray.errors import ModelError
-from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled, resized, with_specs
+from zoray.loss import ASIDE, Batch, LossFunction, ModelLoss, RowLosses, doubled, resized, with_specs
 from zoray.perturb.context import Active, NotBatchable, Signs
 from zoray.perturb.engine import Engine, replaced_forward
 from zoray.perturb.linear import LinearLayer
@@ -238,7 +238,8 @@ def is_shifted(model: nn.Module, batch: Batch) -> bool:
         return False
     if not ModelLoss(model).accepted & {"labels", "kwargs"}:
         return False
-    output = model(**batch)
+    inputs = {name: tensor for name, tensor in batch.items() if name == "labels" or name not in ASIDE}
+    output = model(**inputs)
     if isinstance(output, torch.Tensor) or getattr(output, "loss", None) is None:
         return False
     own = float(output.loss)

@@ -18,6 +18,7 @@ from zoray.layout import DirectionKind, make_layout, trainable_parameters
 from zoray.loss import Batch, LossFunction, RowLosses
 from zoray.memory import Memory, Resident
 from zoray.memory.base import Reader
+from zoray.objective import Objective
 from zoray.partitioned import holds_buffers, is_partitioned, own_part
 from zoray.probe import Prober, Sign
 from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
@@ -45,6 +46,7 @@ class Replica:
         estimator: how a probe finds the slope along its direction: "spsa", "one_sided", "forward_gradient", "backprop"
             (see `zoray.estimators`). All but the first have no two signs, and the last two need all weights here.
         loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
+        objective: what probes minimise and evaluations measure (see `zoray.objective`); by default that loss.
         memory: what holds the weights, made of the model and the run's directions. With `Streamed`, of
             `zoray.memory.streamed`, they are brought to the device block by block. With `Zero3`, of
             `zoray.memory.zero3`, each of several processes holds a part of them; all of them must then call the same
@@ -66,6 +68,7 @@ class Replica:
         head: HeadChoice = "auto",
         estimator: EstimatorName = "spsa",
         loss: LossFunction | None = None,
+        objective: Objective | None = None,
         memory: Callable[[nn.Module, Directions], Memory] = Resident,
     ) -> None:
         self.model = model.eval()
@@ -73,6 +76,7 @@ class Replica:
         self.directions = Directions(self.layout, run_seed)
         self.memory = memory(model, self.directions)
         self.step = 0
+        self.objective = objective or Objective()
         self._choices: tuple[SignsChoice, HeadChoice] = (signs if estimator == "spsa" else "sequential", head)
         self._loss = loss
         self._prober: Prober | None = None
@@ -86,6 +90,12 @@ class Replica:
                 where="estimator",
                 advice="use spsa or one_sided, or a resident replica",
             )
+        if self._kind.differentiates and self.objective.score is not None:
+            raise ConfigError(
+                f"Estimator {estimator} takes derivatives, and {self.objective.identity} has none.",
+                where="estimator",
+                advice="use spsa or one_sided",
+            )
 
     def prove(self, batch: Batch, epsilon: float = 1e-3) -> Verdict:
         """Find out on one batch which of the faster paths are right for this model (see `zoray.proof`).
@@ -97,16 +107,24 @@ class Replica:
             ModelError: a path that was asked for is not right, or the estimator cannot differentiate the model.
         """
         signs, head = self._choices
+        if self.objective.separate:
+            signs = "sequential"
+        if self.objective.whole:
+            head = "full"
         rows = len(batch["labels"])
         with self.memory.forwards(first=True):
             verdict = prove(
                 self.model, self.directions, batch, rows, signs=signs, head=head, epsilon=epsilon, loss=self._loss
             )
-        self._prober = Prober(self.model, self.directions, verdict, self._loss)
+        self._prober = Prober(self.model, self.directions, verdict, self._loss, self.objective)
         self._estimator = self._kind(self._prober)
         if self._kind.differentiates:
             # Whether the model can be differentiated, and in this memory, shows only when it is.
             self._estimator.probe(0, 0, batch, epsilon)
+        if self.objective.score is not None and self.objective.score.function is not None:
+            # A function that does not fit the task is found out here, and not in the middle of a step.
+            with self.memory.forwards():
+                self._prober.evaluate(batch)
         return verdict
 
     @property

@@ -70,6 +70,8 @@ class Trackers:
         values = {"eval/loss": evaluation.loss, "eval/standard_error": evaluation.standard_error}
         if evaluation.correct:
             values["eval/accuracy"] = evaluation.correct / evaluation.count
+        if evaluation.score:
+            values["eval/score"] = evaluation.score
         self._log(step, values)
 
     def close(self, reason: str | None, patience: float = _PATIENCE) -> None:

@@ -162,7 +162,7 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
     from actors.trackers import require
     from launch.cluster import connect
     from launch.jobs.machines import check_machines, check_offers
-    from launch.preflight import check_paths, check_port
+    from launch.preflight import check_objective, check_paths, check_port
 
     check_port(config)
     require(config, socket.gethostname())
@@ -171,3 +171,4 @@ def _check(config: RunConfig, folder: RunFolder) -> None:
     for warning in check_machines(config, folder):
         print(f"warning: {warning}")
     check_paths(config)
+    check_objective(config)

@@ -27,8 +27,6 @@ from zoray.config import (
 )
 from zoray.config.docs import markdown
 from zoray.config.sections import (
-    CausalLMTask,
-    ClassificationTask,
     DirectionConfig,
     LoraConfig,
     ReplicaRange,
@@ -36,6 +34,7 @@ from zoray.config.sections import (
     StreamedMemory,
     Zero3Memory,
 )
+from zoray.config.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, PromptedTask
 from zoray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +212,55 @@ def test_wrong_values(file: Path, override: str, words: list[str]) -> None:
     message = refused(file, override)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task={template: sst3, train: x}"], ["no template 'sst3'", "Did you mean sst"]),
+        (["task={template: squad, kind: classification, train: x}"], ["task.kind is 'classification'", "generation"]),
+        (["task={template: sst2, train: x, promt: y}"], ["no key task.promt", "Did you mean task.prompt?"]),
+        (["task={template: sst2, train: x, prompt: '{a'}"], ["task.prompt is '{a'", "is no template"]),
+        (["task={template: squad, train: x, answers: 'a b'}"], ["task.answers is 'a b'", "is no expression"]),
+        (["task={template: squad, train: x, max_new_tokens: 600}"], ["max_new_tokens (600)", "Raise task.max_length"]),
+        (["task={template: sst2, train: x, k_shot: 2, train_samples: 3}"], ["both given", "Give one of them"]),
+        (["task={template: sst2, train: x, label_words: {0: a, 1: a}}"], ["the same word"]),
+        (["task={template: sst2, train: x, label_words: {0: a}}"], ["task.label_words", "at least 2"]),
+        (["objective=accuracy"], ["no accuracy of task.kind causal_lm"]),
+        (["objective=f1"], ["f1 compares generated text", "task.kind generation"]),
+        (["objective=bleu"], ["objective is 'bleu'", "pattern"]),
+        (["objective=a:b", "head=chunked"], ["head is chunked"]),
+        (["objective=a:b", "signs=batched"], ["signs is batched"]),
+        (["task={template: squad, train: x}", "objective=f1", "signs=batched"], ["signs is batched", "sequential"]),
+        (
+            ["task={template: squad, train: x}", "objective=f1", "memory={kind: zero3, shards: 2}"],
+            ["any", "kind: streamed"],
+        ),
+        (["task={template: squad, train: x, eval: y}", "memory={kind: zero3, shards: 2}"], ["generated text has any"]),
+    ],
+)
+def test_words_and_objectives_that_do_not_fit(file: Path, overrides: list[str], words: list[str]) -> None:
+    message = refused(file, *overrides)
+    for word in words:
+        assert word in message
+
+
+def test_a_template_fills_in_what_is_not_given(file: Path) -> None:
+    run = load(file, ["task={template: sst2, train: x, prompt: 'Is {sentence} good?'}"])
+    assert isinstance(run.task, PromptedTask)
+    assert run.task.prompt == "Is {sentence} good?" and run.task.label_words == {"0": "terrible", "1": "great"}
+    assert run.differentiable and not load(file, ["task={template: squad, train: x}", "objective=f1"]).differentiable
+    again = file.with_name("again.yaml")
+    again.write_text(dump(run))
+    assert load(again) == run
+
+
+def test_the_task_of_the_design(file: Path) -> None:
+    run = load(
+        file, ['task={kind: classification, train: t, prompt: "{sentence} It was", label_words: {0: a, true: b}}']
+    )
+    assert isinstance(run.task, PromptedTask)
+    assert run.task.label_words == {"0": "a", "true": "b"} and list(run.task.columns) == ["sentence", "label"]
 
 
 @pytest.mark.parametrize(
@@ -401,6 +449,9 @@ def test_changed_names_only_mathematical_keys() -> None:
         RunConfig,
         CausalLMTask,
         ClassificationTask,
+        PromptedTask,
+        MultipleChoiceTask,
+        GenerationTask,
         DirectionConfig,
         ResidentMemory,
         Zero3Memory,

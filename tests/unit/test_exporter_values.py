@@ -80,12 +80,13 @@ def test_bytes_replicas_and_evaluations(exporter: Exporter) -> None:
     exporter.exchanged(15, 0)
     exporter.exchanged(15, 31)
     exporter.beat(replace(MEMBERS, slots={name: Slot("n", phase, 0.0) for name, phase in phases.items()}), STATE)
-    exporter.evaluated(Evaluation(1.25, 0.1, 8, 6))
+    exporter.evaluated(Evaluation(1.25, 0.1, 8, 6, 0.5))
     assert value(exporter, "exchanged_bytes_total", flow="sent") == 30
     assert value(exporter, "exchanged_bytes_total", flow="received") == 31
     assert [value(exporter, "replicas", state=s) for s in ("active", "starting", "leaving")] == [2, 1, 0]
     assert value(exporter, "target_replicas") == 2
     assert (value(exporter, "eval_loss"), value(exporter, "eval_accuracy_ratio")) == (1.25, 0.75)
+    assert value(exporter, "eval_score") == 0.5
 
 
 def test_two_runs_do_not_mix(exporter: Exporter) -> None:
@@ -123,7 +124,7 @@ def test_metrics_are_served_until_closed() -> None:
 
 def test_what_is_not_known_yet_is_not_there(exporter: Exporter) -> None:
     """A loss of 0 would be the best there ever was."""
-    names = ("loss", "eval_loss", "eval_accuracy_ratio", "learning_rate", "projected_gradient_rms")
+    names = ("loss", "eval_loss", "eval_accuracy_ratio", "eval_score", "learning_rate", "projected_gradient_rms")
     assert [value(exporter, name) for name in names] == [None] * len(names)
     exporter.evaluated(Evaluation(1.25, 0.1, 8, 6))
     exporter.committed(record(4), Split(), 1.0)

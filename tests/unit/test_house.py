@@ -26,7 +26,7 @@ LAYERS = (
     {"directions"},
     {"perturb", "update", "ledger"},
     {"loss", "aggregate"},
-    {"strays"},
+    {"strays", "objective"},
     {"proof"},
     {"probe"},
     {"estimators"},

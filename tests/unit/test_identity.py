@@ -30,7 +30,7 @@ from zoray.replica import Replica
 IDENTITY = Identity("0.1.0", "c0de", "c0f1", "ba5e", "1a40", "da7a", Verdict(True, False, reasons=("why",)))
 OTHER: dict[str, Any] = {
     "version": "9", "code": "x", "config": "x", "base": "x", "layout": "x", "data": "x",
-    "verdict": Verdict(False, False),
+    "verdict": Verdict(False, False), "objective": "accuracy",
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_a_batch_without_a_target_has_no_mean(chunked: bool) -> None:
     with torch.no_grad():
         losses = ModelLoss(WithHead(), chunked=chunked)(data)
     assert losses.counts.tolist() == [0] * 4 and math.isnan(losses.mean())
-    assert losses.summary() == (0.0, 0.0, 0, 0)
+    assert losses.summary() == (0.0, 0.0, 0, 0, 0.0)
 
 
 def test_classes_and_values_by_row() -> None:
@@ -100,7 +100,7 @@ def test_classes_and_values_by_row() -> None:
     expected = functional.cross_entropy(logits.double(), torch.tensor([0, 2]), reduction="none")
     torch.testing.assert_close(losses.sums, expected, atol=1e-6, rtol=1e-6)
     assert losses.correct is not None and losses.correct.tolist() == [True, False]
-    assert losses.summary()[2:] == (2, 1)
+    assert losses.summary()[2:] == (2, 1, 0.0)
     regression = ModelLoss(model).from_logits(torch.tensor([[2.0], [-1.0]]), torch.tensor([0.5, 1.0]))
     assert regression.sums.tolist() == [2.25, 4.0] and regression.mean() == 3.125
 
@@ -109,7 +109,7 @@ def test_rows_weigh_as_many_targets_as_they_have() -> None:
     losses = RowLosses(torch.tensor([6.0, 1.0, 5.0], dtype=torch.float64), torch.tensor([3, 1, 0]))
     assert losses.mean(slice(0, 2)) == 7 / 4
     assert losses.mean(slice(1, 2)) == 1.0
-    assert losses.summary() == (3.0, 5.0, 2, 0)
+    assert losses.summary() == (3.0, 5.0, 2, 0, 0.0)
 
 
 def test_the_batch_twice_over() -> None:

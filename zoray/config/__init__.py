@@ -12,33 +12,45 @@ from zoray.config.load import dump, load, with_memory
 from zoray.config.optimizer import OptimizerConfig
 from zoray.config.schema import RunConfig, TrackerName
 from zoray.config.sections import (
-    CausalLMTask,
-    ClassificationTask,
     DirectionConfig,
     LoraConfig,
     MemoryConfig,
     ResidentMemory,
     StreamedMemory,
-    TaskConfig,
     TrainableLora,
     Zero3Memory,
+)
+from zoray.config.tasks import (
+    CausalLMTask,
+    CellKind,
+    ClassificationTask,
+    GenerationTask,
+    MultipleChoiceTask,
+    PromptedTask,
+    TaskConfig,
+    WordedTask,
 )
 
 __all__ = [
     "DIFFERENTIATING",
     "CausalLMTask",
+    "CellKind",
     "ClassificationTask",
     "DirectionConfig",
     "EstimatorName",
+    "GenerationTask",
     "LoraConfig",
     "MemoryConfig",
+    "MultipleChoiceTask",
     "OptimizerConfig",
+    "PromptedTask",
     "ResidentMemory",
     "RunConfig",
     "StreamedMemory",
     "TaskConfig",
     "TrackerName",
     "TrainableLora",
+    "WordedTask",
     "Zero3Memory",
     "changed",
     "dump",

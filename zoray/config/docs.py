@@ -13,8 +13,6 @@ from pydantic_core import PydanticUndefined
 from zoray.config.optimizer import OptimizerConfig
 from zoray.config.schema import RunConfig
 from zoray.config.sections import (
-    CausalLMTask,
-    ClassificationTask,
     DirectionConfig,
     LoraConfig,
     ReplicaRange,
@@ -22,6 +20,7 @@ from zoray.config.sections import (
     StreamedMemory,
     Zero3Memory,
 )
+from zoray.config.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, PromptedTask
 
 _HEAD = """# Configuration
 
@@ -46,6 +45,9 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("The run", "", RunConfig),
     ("`task` with `kind: causal_lm`", "task.", CausalLMTask),
     ("`task` with `kind: classification`", "task.", ClassificationTask),
+    ("`task` with `kind: classification` and a prompt", "task.", PromptedTask),
+    ("`task` with `kind: multiple_choice`", "task.", MultipleChoiceTask),
+    ("`task` with `kind: generation`", "task.", GenerationTask),
     ("`trainable: {lora: {...}}`", "trainable.lora.", LoraConfig),
     ("`optimizer`", "optimizer.", OptimizerConfig),
     ("`direction`", "direction.", DirectionConfig),
@@ -103,6 +105,8 @@ def _type(schema: dict[str, Any]) -> str:
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
     if schema.get("type") == "array":
         return f"list of {_type(schema['items'])}"
+    if schema.get("type") == "object":
+        return "mapping"
     limits = [
         f"{sign} {schema[word]}"
         for word, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

@@ -39,6 +39,12 @@ def check_estimator(config: RunConfig) -> None:
         raise fault("split_signs", f"Nothing can be split of estimator {name}: {why}.", "Leave split_signs out.")
     if name not in DIFFERENTIATING:
         return
+    if not config.differentiable:
+        raise fault(
+            "objective",
+            f"Estimator {name} takes derivatives of what probes minimise, and {config.objective} has none.",
+            "Set estimator to spsa or one_sided, or objective to loss.",
+        )
     if config.head == "chunked":
         raise fault(
             "head",

@@ -13,19 +13,18 @@ from pydantic_core import ErrorDetails
 
 from zoray.config.schema import RunConfig
 from zoray.config.sections import (
-    CausalLMTask,
-    ClassificationTask,
     ReplicaRange,
     ResidentMemory,
     StreamedMemory,
     TrainableLora,
     Zero3Memory,
 )
+from zoray.config.tasks import TASKS, task_tag
 from zoray.config.yaml12 import Document
 from zoray.errors import ConfigError
 
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
-    "task": {"causal_lm": CausalLMTask, "classification": ClassificationTask},
+    "task": dict(TASKS),
     "memory": {"resident": ResidentMemory, "zero3": Zero3Memory, "streamed": StreamedMemory},
 }
 """Sections whose keys depend on their `kind`; the first is taken where that is not given."""
@@ -88,12 +87,10 @@ def _fault(details: ErrorDetails, document: Document) -> _Fault:
         case "missing":
             return _Fault(f"The key {name} is missing.", where, "See docs/configuration.md.")
         case "union_tag_not_found":
-            return _Fault(f"The key {name}.kind is missing.", where, f"Use one of {_listed(_KINDS[name])}.")
+            return _Fault(f"The key {name}.kind is missing.", where, f"Use one of {_kinds(name)}.")
         case "union_tag_invalid":
-            what = f"{name}.kind is {context['tag']!r}; it must be one of {context['expected_tags']}."
-            return _Fault(
-                what, document.where((*keys, "kind")), _nearest_value(context["tag"], context["expected_tags"])
-            )
+            what = f"{name}.kind is {context['tag']!r}; it must be one of {_kinds(name)}."
+            return _Fault(what, document.where((*keys, "kind")), _nearest_value(context["tag"], _kinds(name)))
         case "literal_error":
             what = f"{name} is {details['input']!r}; it must be {context['expected']}."
             return _Fault(what, where, _nearest_value(details["input"], context["expected"]))
@@ -151,6 +148,8 @@ def _section_fields(section: tuple[str, ...], data: Any) -> dict[str, Any]:
 def _section_class(model: type[BaseModel], key: str, data: Any) -> type[BaseModel]:
     if key in _KINDS:
         kind = data.get("kind") if isinstance(data, dict) else None
+        if key == "task":
+            kind = task_tag(data)
         return _KINDS[key].get(str(kind), next(iter(_KINDS[key].values())))
     if key == "trainable":
         return TrainableLora
@@ -172,6 +171,11 @@ def _nearest_value(value: Any, expected: str) -> str | None:
     choices = re.findall(r"'([^']*)'", expected)
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}?" if close else None
+
+
+def _kinds(section: str) -> str:
+    """What `kind` can be: a task that is put into words is told by its other keys."""
+    return _listed(kind for kind in _KINDS[section] if kind != "prompted")
 
 
 def _listed(names: Iterable[str]) -> str:

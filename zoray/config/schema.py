@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from zoray.commits import MOST_RUNS
 from zoray.config.estimator import EstimatorName, check_estimator
+from zoray.config.objective import OBJECTIVE, check_objective
 from zoray.config.optimizer import OptimizerConfig
 from zoray.config.sections import (
     DirectionConfig,
@@ -17,12 +18,12 @@ from zoray.config.sections import (
     ReplicaRange,
     ResidentMemory,
     Section,
-    TaskConfig,
     TrainableLora,
     Zero3Memory,
     fault,
     key,
 )
+from zoray.config.tasks import GenerationTask, TaskConfig, WordedTask
 from zoray.optim import Optimizer, Width
 from zoray.schedule import POLYNOMIAL_END
 from zoray.stores import has_keys, shown
@@ -75,6 +76,13 @@ class RunConfig(Section):
         mathematics=True,
     )
     task: TaskConfig = key(..., "What is learnt, and from which data.", mathematics=True)
+    objective: str = key(
+        "loss",
+        "What the probes minimise: the task's `loss`; 1 - `accuracy`, or 1 - `f1` of generated text; or the negative "
+        "of `package.module:function`, a Python function that every machine can import (see docs/mezo.md).",
+        mathematics=True,
+        pattern=OBJECTIVE,
+    )
     seed: int = key(
         0,
         "Run seed: fixes the directions, the order of the data and new weights.",
@@ -238,7 +246,7 @@ class RunConfig(Section):
     @property
     def proved_signs(self) -> Literal["auto", "batched", "sequential"]:
         """What is to be proved of `signs`: only two-sided probes have two, which one forward may have."""
-        return self.signs if self.estimator == "spsa" else "sequential"
+        return "sequential" if self.estimator != "spsa" or self.signs_apart else self.signs
 
     @property
     def replica_limits(self) -> tuple[int, int | None, int]:
@@ -280,6 +288,21 @@ class RunConfig(Section):
     def snapshots_kept(self) -> int | None:
         """How many snapshots are kept; None: all."""
         return self.save_total_limit if self.save_total_limit or self.save_steps else 2
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether what the probes minimise has a gradient that backpropagation could find."""
+        return self.objective == "loss"
+
+    @property
+    def signs_apart(self) -> bool:
+        """Whether the objective takes the two signs of a probe in two forwards, whatever the model allows."""
+        return not self.differentiable and (":" in self.objective or isinstance(self.task, GenerationTask))
+
+    @property
+    def evaluated_in_run(self) -> bool:
+        """Whether there are held-out data for the evaluations of the run itself."""
+        return self.task.eval is not None or (isinstance(self.task, WordedTask) and self.task.dev_samples is not None)
 
     @field_validator("trainable")
     @classmethod
@@ -331,13 +354,20 @@ class RunConfig(Section):
                 f"Signs can be split between replicas only if they take two forwards, and signs is {self.signs}.",
                 "Set signs to sequential, or leave split_signs out.",
             )
-        if self.eval_steps is not None and self.task.eval is None:
+        if self.eval_steps is not None and not self.evaluated_in_run:
             raise fault("eval_steps", "eval_steps is given, but task.eval is not.", "Name held-out data in task.eval.")
         return self
 
     @model_validator(mode="after")
     def _estimator_has_what_it_needs(self) -> Self:
         check_estimator(self)
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        shards = self.shards > 1
+        generates = self.evaluated_in_run or not self.differentiable
+        check_objective(self.objective, self.task, signs=self.signs, head=self.head, sharded=shards and generates)
         return self
 
     @model_validator(mode="after")

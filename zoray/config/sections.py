@@ -1,4 +1,4 @@
-"""The sections of a configuration: task, LoRA, directions, memory.
+"""The sections of a configuration: LoRA, directions, memory; `task` is in `tasks`.
 
 `docs/configuration.md` is generated from these classes. Each key says whether it changes the mathematics of a run: a
 key that does cannot be changed when a run is resumed.
@@ -51,75 +51,6 @@ class TrainableLora(Section):
     """`trainable: {lora: {...}}`."""
 
     lora: LoraConfig = key(..., "Low-rank adapters; a new classification head is trained with them.", mathematics=True)
-
-
-class CausalLMTask(Section):
-    """Causal language modelling; without a prompt column, documents are packed into sequences of `max_length`."""
-
-    kind: Literal["causal_lm"] = key(..., "Causal language modelling.", mathematics=True)
-    train: str = key(
-        ...,
-        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names); "
-        "also on an object store (`s3://bucket/folder`, `gs://...`).",
-        mathematics="content",
-        min_length=1,
-    )
-    eval: str | None = key(None, "Held-out data, of the same form.", mathematics=False, min_length=1)
-    text_column: str = key("text", "Column with the text, or with the completion.", mathematics=True, min_length=1)
-    prompt_column: str | None = key(
-        None,
-        "Column with the prompt. With it each row is one example, and the loss is on the completion alone.",
-        mathematics=True,
-        min_length=1,
-    )
-    max_length: int = key(128, "Longest sequence, in tokens.", mathematics=True, ge=2)
-
-    @model_validator(mode="after")
-    def _columns_differ(self) -> Self:
-        if self.prompt_column == self.text_column:
-            raise fault(
-                "task.prompt_column",
-                f"The prompt and the completion are both column {self.text_column!r}.",
-                "Name two columns, or leave task.prompt_column out to train on the whole text.",
-            )
-        return self
-
-
-class ClassificationTask(Section):
-    """Sequence classification of a text or a pair of texts."""
-
-    kind: Literal["classification"] = key(..., "Sequence classification.", mathematics=True)
-    train: str = key(
-        ...,
-        "Training data: a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names); "
-        "also on an object store (`s3://bucket/folder`, `gs://...`).",
-        mathematics="content",
-        min_length=1,
-    )
-    eval: str | None = key(None, "Held-out data, of the same form.", mathematics=False, min_length=1)
-    text_column: str = key("text", "Column with the text.", mathematics=True, min_length=1)
-    text_pair_column: str | None = key(None, "Column with the second text, for pairs.", mathematics=True, min_length=1)
-    label_column: str = key(
-        "label",
-        "Column with the label: integers from 0, or strings (numbered in sorted order).",
-        mathematics=True,
-        min_length=1,
-    )
-    num_labels: int | None = key(
-        None, "Number of classes. Without it, as many as the training data show.", mathematics=True, ge=2
-    )
-    max_length: int = key(128, "Longest sequence, in tokens; longer ones are cut.", mathematics=True, ge=2)
-
-    @model_validator(mode="after")
-    def _columns_differ(self) -> Self:
-        columns = [self.text_column, self.text_pair_column, self.label_column]
-        for name, column in (("label_column", self.label_column), ("text_pair_column", self.text_pair_column)):
-            if column is not None and columns.count(column) > 1:
-                raise fault(f"task.{name}", f"The column {column!r} is given two parts.", "Name different columns.")
-        return self
-
-
-TaskConfig = Annotated[CausalLMTask | ClassificationTask, Field(discriminator="kind")]
 
 
 class DirectionConfig(Section):

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from zoray import stores
-from zoray.config import RunConfig, TrainableLora
+from zoray.config import ClassificationTask, RunConfig, TrainableLora
 from zoray.errors import ModelError
 from zoray.models.fetched import listed
-from zoray.models.load import explain, require_kind
+from zoray.models.load import AUTO, explain, require_kind
 from zoray.models.source import find, quiet
 from zoray.models.trainable import add_adapters, select
 
@@ -54,11 +54,11 @@ def _from_config(config: RunConfig, source: dict[str, Any], num_labels: int | No
     """The model, and the names of the parameters that a checkpoint of that architecture would not have."""
     import transformers
 
-    if num_labels is None and config.task.kind == "classification":
+    if num_labels is None and isinstance(config.task, ClassificationTask):
         num_labels = config.task.num_labels
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
-    causal = config.task.kind == "causal_lm"
-    auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    classifies = config.task.architecture == "classifier"
+    auto: Any = getattr(transformers, AUTO[config.task.architecture])
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     try:
         settings = transformers.AutoConfig.from_pretrained(**source, **labels)
@@ -72,9 +72,9 @@ def _from_config(config: RunConfig, source: dict[str, Any], num_labels: int | No
         raise explain(config, num_labels, error) from error
     for each in (model.config, model.config.get_text_config()):
         each.use_cache = False
-        if not causal and each.pad_token_id is None:
+        if classifies and each.pad_token_id is None:
             each.pad_token_id = 0
-    if causal or type(model).__name__ in (settings.architectures or ()):
+    if not classifies or type(model).__name__ in (settings.architectures or ()):
         return model, []
     body = f"{model.base_model_prefix}."
     return model, [name for name, _ in model.named_parameters() if not name.startswith(body)]

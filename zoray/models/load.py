@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+}
+"""The class of `transformers` that loads each kind of model."""
+
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with the model.
@@ -85,8 +92,7 @@ def _from_pretrained(
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if id2label is not None:
         labels |= {"id2label": dict(id2label), "label2id": {name: i for i, name in id2label.items()}}
-    causal = config.task.kind == "causal_lm"
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    auto = getattr(transformers, AUTO[config.task.architecture])
     attention = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     try:
         settings = transformers.AutoConfig.from_pretrained(**source, **labels)
@@ -105,7 +111,7 @@ def _from_pretrained(
     new = sorted(report["missing_keys"])
     _require_whole(config, model, new)
     _set_use_cache(model)
-    if not causal and model.config.get_text_config().pad_token_id is None:
+    if config.task.architecture == "classifier" and model.config.get_text_config().pad_token_id is None:
         _set_padding(config, model)
     return model, new
 
@@ -123,30 +129,33 @@ def require_kind(config: RunConfig, settings: Any, auto: Any) -> None:
     """
     remote = getattr(settings, "auto_map", None) or {}
     if type(settings) not in auto._model_mapping and auto.__name__ not in remote:
-        wanted = "a causal language model" if config.task.kind == "causal_lm" else "a sequence classifier"
+        wanted = {
+            "causal": "causal language model",
+            "masked": "masked language model",
+            "classifier": "sequence classifier",
+        }
         raise ModelError(
-            f"{config.model} is of type {settings.model_type}, which cannot be loaded as {wanted}.",
+            f"{config.model} is of type {settings.model_type}, which cannot be loaded as a "
+            f"{wanted[config.task.architecture]}.",
             where="model and task.kind",
             advice="Choose another model, or another task.kind.",
         )
     from transformers import AutoModelForMaskedLM
 
     bidirectional = type(settings) in AutoModelForMaskedLM._model_mapping and not settings.is_encoder_decoder
-    if config.task.kind == "causal_lm" and bidirectional and getattr(settings, "is_decoder", None) is False:
+    if config.task.architecture == "causal" and bidirectional and getattr(settings, "is_decoder", None) is False:
         raise ModelError(
             f"{config.model} ({settings.model_type}) is bidirectional: each token would see the one it is to predict.",
             where="model and task.kind",
-            advice="Use task.kind classification, or a decoder such as GPT-2, OPT or Llama.",
+            advice="Use task.kind classification, without a prompt or with {mask} in it, or a decoder such as GPT-2.",
         )
 
 
 def _require_whole(config: RunConfig, model: Any, new: list[str]) -> None:
     """Refuses a checkpoint without weights that are not a new classification head's (or the pooler's before it)."""
     body = f"{model.base_model_prefix}."
-    if config.task.kind == "causal_lm":
-        lost = new
-    else:
-        lost = [name for name in new if name.startswith(body) and ".pooler." not in name]
+    headless = config.task.architecture != "classifier"
+    lost = [name for name in new if headless or (name.startswith(body) and ".pooler." not in name)]
     if lost:
         raise ModelError(
             f"The checkpoint {config.model} has no weights for {some(lost)}.",

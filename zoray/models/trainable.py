@@ -42,13 +42,13 @@ def add_adapters(model: Any, lora: LoraConfig, config: RunConfig, new: list[str]
         raise ModelError(
             "`trainable: {lora: ...}` needs peft.", where="trainable", advice="Install it: pip install 'zoray[lora]'."
         ) from error
-    kind = peft.TaskType.CAUSAL_LM if config.task.kind == "causal_lm" else peft.TaskType.SEQ_CLS
+    kinds = {"causal": "CAUSAL_LM", "masked": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS"}
     adapters = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         target_modules=lora.target_modules,
         bias=lora.bias,
-        task_type=kind,
+        task_type=peft.TaskType[kinds[config.task.architecture]],
         modules_to_save=_new_modules(new) or None,
     )
     try:

@@ -188,7 +188,7 @@ class Planner:
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Smaller batches, the largest first; the last is the smallest there is."""
         rows, held_out = self.config.per_direction_batch_size, self.config.per_device_eval_batch_size
-        evaluated = self.config.task.eval is not None
+        evaluated = self.config.evaluated_in_run
 
         def at_most(most: int) -> dict[str, Any]:
             return {"per_device_eval_batch_size": most} if evaluated and held_out > most else {}

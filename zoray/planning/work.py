@@ -140,9 +140,11 @@ class _Counter:
 
 def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections, counter: _Counter) -> Verdict:
     """The proof, a probe and an evaluation, of batches as wide as the task allows."""
-    rows, found = config.per_direction_batch_size, list[Verdict]()
+    found = list[Verdict]()
+    rows = config.per_direction_batch_size * config.task.rows_per_example(held_out=not config.differentiable)
     with counter.shadow.running():
-        batch, held_out = (_batch(config, count) for count in (rows, config.per_device_eval_batch_size))
+        batch = _batch(config, rows)
+        held_out = _batch(config, config.per_device_eval_batch_size * config.task.rows_per_example(held_out=True))
 
     def proof() -> None:
         made = prove(
@@ -161,14 +163,14 @@ def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections,
     if estimator.differentiates:
         # A proof ends with one.
         counter.count("proof of the fast paths", probe, batch.values())
-    if config.task.eval is not None:
+    if config.evaluated_in_run:
         counter.count("evaluation", lambda: prober.evaluate(held_out), held_out.values())
     return found[0]
 
 
 def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
     ids = torch.empty((rows, config.task.max_length), dtype=torch.int64)
-    labels = torch.empty(ids.shape if config.task.kind == "causal_lm" else (rows,), dtype=torch.int64)
+    labels = torch.empty((rows,) if config.task.architecture == "classifier" else ids.shape, dtype=torch.int64)
     return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": labels}
 
 

@@ -281,4 +281,4 @@ def evaluation(sums: list[EvalSums]) -> Evaluation:
     mean = math.fsum(s.loss_sum for s in sums) / count
     spread = max(0.0, math.fsum(s.square_sum for s in sums) - count * mean**2)
     error = math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan
-    return Evaluation(mean, error, count, correct)
+    return Evaluation(mean, error, count, correct, math.fsum(s.score_sum for s in sums) / count)

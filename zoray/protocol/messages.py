@@ -90,12 +90,13 @@ class SideLoss:
 
 @dataclass(frozen=True, slots=True)
 class EvalSums:
-    """Result of one evaluation shard: sums of the losses and of their squares, examples counted and correct ones."""
+    """Result of one evaluation shard: sums of the losses and of their squares, examples, correct ones, and scores."""
 
     loss_sum: float
     square_sum: float
     count: int
     correct: int
+    score_sum: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +250,16 @@ class Rewind:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Mean loss over `count` examples, its standard error, and the number of correct ones."""
+    """Mean loss over `count` examples, its standard error, the number of correct ones, and the mean score.
+
+    The score is that of the task beside the loss (F1 of generated text), or of the user's function; 0 without any.
+    """
 
     loss: float
     standard_error: float
     count: int
     correct: int
+    score: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

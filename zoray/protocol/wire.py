@@ -4,7 +4,7 @@
     answer:   u8 kind + 16 * outcome | u64 step | u32 part | u16 microbatch | outcome
         answered (0)  probe: f32 projected gradient, f32 loss, f32 seconds of applying, f32 seconds of the probe
                       one evaluation of a probe: f64 loss, f32 seconds of applying, f32 seconds of the evaluation
-                      evaluation: f64 sum of losses, f64 sum of squares, u32 count, u32 correct
+                      evaluation: f64 sum of losses, f64 sum of squares, u32 count, u32 correct, f64 sum of scores
                       snapshot, digest: u128 digest
         refused (1)   u64 step held, reason in UTF-8
         failed (2)    reason in UTF-8
@@ -35,7 +35,7 @@ from zoray.protocol.messages import (
 _ITEM = struct.Struct("<BQIH")
 _PROBE = struct.Struct("<4f")
 _SIDE = struct.Struct("<d2f")
-_EVAL = struct.Struct("<2d2I")
+_EVAL = struct.Struct("<2d2Id")
 _HELD = struct.Struct("<Q")
 _DIGEST_SIZE = 16
 _LONGEST_REASON = 4096
@@ -111,8 +111,8 @@ def encode_answer(answer: Answer | Refused | Failed) -> bytes:
                 body = _PROBE.pack(*map(float32, (gradient, loss, applying, probing)))
             case SideLoss(loss, applying, probing):
                 body = _SIDE.pack(loss, float32(applying), float32(probing))
-            case EvalSums(loss_sum, square_sum, count, correct):
-                body = _EVAL.pack(loss_sum, square_sum, count, correct)
+            case EvalSums(loss_sum, square_sum, count, correct, score_sum):
+                body = _EVAL.pack(loss_sum, square_sum, count, correct, score_sum)
             case DigestValue(digest):
                 body = digest.to_bytes(_DIGEST_SIZE, "little")
     except (struct.error, OverflowError) as error:

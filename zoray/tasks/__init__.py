@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zoray.config import CausalLMTask, RunConfig
+from zoray.config import CausalLMTask, GenerationTask, MultipleChoiceTask, PromptedTask, RunConfig
 from zoray.tasks.base import IGNORED_LABEL, Batch, Task, padding_id
 from zoray.tasks.sampler import sample_ids
 
@@ -18,18 +18,26 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED_LABEL", "Batch", "Task", "batch_for", "load_task", "padding_id", "sample_ids"]
 
 
-def load_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def load_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, final: bool = False) -> Task:
     """Opens the task of a configuration, tokenising its data if no process on this machine has done so before.
+
+    Args:
+        final: evaluate on `task.eval`, also where the run itself evaluates on `task.dev_samples`.
 
     Raises:
         DataError: data that are missing, empty, malformed or do not fit the task.
+        ConfigError: a function of `objective` that cannot be imported.
     """
+    from zoray.tasks.candidates import CandidatesTask
     from zoray.tasks.causal_lm import CausalLM
     from zoray.tasks.classification import Classification
+    from zoray.tasks.generation import Generation
 
-    if isinstance(config.task, CausalLMTask):
-        return CausalLM(config, tokenizer)
-    return Classification(config, tokenizer)
+    if isinstance(config.task, PromptedTask | MultipleChoiceTask):
+        return CandidatesTask(config, tokenizer, final)
+    if isinstance(config.task, GenerationTask):
+        return Generation(config, tokenizer, final)
+    return CausalLM(config, tokenizer) if isinstance(config.task, CausalLMTask) else Classification(config, tokenizer)
 
 
 def batch_for(task: Task, config: RunConfig, step: int, direction: int, microbatch: int) -> Batch:

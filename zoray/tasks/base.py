@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from zoray.errors import DataError
+from zoray.objective import ACCURACY, Objective, Score, load_function
 from zoray.tasks.store import TokenStore
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Task(ABC):
         num_labels: classes of a classification, else None.
         id2label: their names where the data name them, else None.
         warnings: what the user should know about the data (examples that were cut, ...).
+        objective: what probes minimise and evaluations measure.
     """
 
     kind: ClassVar[str]
@@ -50,22 +52,28 @@ class Task(ABC):
         self._max_length = config.task.max_length
         self._eval_batch_size = config.per_device_eval_batch_size
         self._max_eval_samples = config.max_eval_samples
+        self.objective = Objective(score_of(config.objective))
 
     @abstractmethod
     def _collate(self, store: TokenStore, indices: Sequence[int]) -> Batch:
         """The examples of a store as one batch."""
 
+    def _count(self, store: TokenStore) -> int:
+        """Examples of a store."""
+        return len(store)
+
     @property
     def train_size(self) -> int:
         """Training examples (packed sequences, or rows)."""
-        return len(self._train)
+        return self._count(self._train)
 
     @property
     def eval_size(self) -> int:
         """Held-out examples that are evaluated; 0 without an evaluation set."""
         if self._held_out is None:
             return 0
-        return min(len(self._held_out), self._max_eval_samples or len(self._held_out))
+        count = self._count(self._held_out)
+        return min(count, self._max_eval_samples or count)
 
     @property
     def eval_shards(self) -> int:
@@ -86,7 +94,7 @@ class Task(ABC):
     @property
     def tokens_per_example(self) -> float:
         """Mean tokens of a training example, padding not counted."""
-        return float(self._train.facts["tokens"] / len(self._train))
+        return float(self._train.facts["tokens"] / self.train_size)
 
     def batch(self, sample_ids: npt.NDArray[np.int64] | Sequence[int]) -> Batch:
         """The training examples of those indices, in that order."""
@@ -109,6 +117,17 @@ class Task(ABC):
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def score_of(objective: str) -> Score | None:
+    """The score that a configuration names; None for the loss, and for those that a kind of task has of its own.
+
+    Raises:
+        ConfigError: a function that cannot be imported.
+    """
+    if ":" in objective:
+        return load_function(objective)
+    return ACCURACY if objective == "accuracy" else None
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

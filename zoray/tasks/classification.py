@@ -11,7 +11,7 @@ import torch
 from zoray.config import ClassificationTask, RunConfig
 from zoray.errors import ConfigError, DataError
 from zoray.tasks.base import Batch, Task, padding_id, require_examples
-from zoray.tasks.source import CellKind, DataFile, find_files, read_rows
+from zoray.tasks.source import DataFile, find_files, read_rows
 from zoray.tasks.store import Facts, TokenBatch, TokenStore, fingerprint, open_store
 
 if TYPE_CHECKING:
@@ -146,13 +146,10 @@ def _tokenize(
     facts: Facts,
 ) -> Iterator[TokenBatch]:
     numbers = None if labels is None else {name: i for i, name in enumerate(labels)}
-    columns: dict[str, CellKind] = {task.text_column: "text", task.label_column: "label"}
-    if task.text_pair_column is not None:
-        columns[task.text_pair_column] = "text"
     # A call with truncation leaves its mark on the tokenizer, which would be saved with an exported model.
     tokenizer = copy.deepcopy(tokenizer)
     count = cut = 0
-    for chunk in read_rows(files, columns):
+    for chunk in read_rows(files, task.columns):
         texts = chunk.columns[task.text_column]
         pairs = None if task.text_pair_column is None else chunk.columns[task.text_pair_column]
         encoded = tokenizer(texts, pairs, truncation=True, max_length=task.max_length, verbose=False)

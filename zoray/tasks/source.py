@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -23,10 +23,8 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from zoray import stores
+from zoray.config import CellKind
 from zoray.errors import DataError
-
-CellKind = Literal["text", "label"]
-"""What a column must hold: `text` is str, `label` is int or str."""
 
 ROWS_PER_CHUNK = 1024
 _BLOCK_BYTES = 16 << 20
@@ -67,9 +65,13 @@ class Chunk:
     first_row: int
     columns: dict[str, list[Any]]
 
+    def place(self, position: int) -> str:
+        """The place of a row, for messages."""
+        return f"{self.file}, row {self.first_row + position}"
+
     def where(self, position: int, column: str) -> str:
         """The place of a cell, for messages."""
-        return f"{self.file}, row {self.first_row + position}, column {column}"
+        return f"{self.place(position)}, column {column}"
 
 
 def find_files(path: str) -> list[DataFile]:
@@ -241,11 +243,11 @@ def _require(columns: Mapping[str, CellKind], present: list[str], where: str) ->
 
 
 def _check(chunk: Chunk, column: str, kind: CellKind) -> None:
-    accepted = (str,) if kind == "text" else (str, int)
+    accepted = {"text": (str,), "label": (str, int), "value": (str, int, float, bool, list, dict)}[kind]
     for position, cell in enumerate(chunk.columns[column]):
         if type(cell) in accepted:
             continue
-        wanted = "text" if kind == "text" else "an integer or text"
+        wanted = {"text": "text", "label": "an integer or text", "value": "text, a number, a list or a mapping"}[kind]
         what = "The cell is null" if cell is None else f"The cell is {_short(cell)} ({type(cell).__name__})"
         raise DataError(f"{what}; it must be {wanted}.", where=chunk.where(position, column), advice="Clean the data.")
 

@@ -84,6 +84,15 @@ class TokenStore:
         batch, row = self._locate(index)
         return int(self._extras[name][batch][row])
 
+    def column(self, name: str) -> Ints:
+        """The integers of all examples in an extra column, int32."""
+        return np.concatenate(self._extras[name])
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each example, int32."""
+        return np.concatenate([np.diff(each) for each in self._offsets])
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of all examples: equal data sets have equal digests, wherever their files lie."""
