@@ -50,7 +50,7 @@ class Docstrings(Task):
     """MiniLM (22M weights, frozen), LoRA r = 4 on queries and values, and a head from 8 examples of each class."""
 
     name = "docstrings"
-    title = "MiniLM (22M weights) tells of which of six libraries a docstring is; LoRA r = 4 on queries and values, and head"
+    title = "MiniLM (22M weights) tells which of six libraries a docstring is of; LoRA r = 4 on queries and values"
     budget = 512
     interval = 64
     rate = 1e-2

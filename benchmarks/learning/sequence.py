@@ -1,9 +1,10 @@
 """A small transformer that knows eight operations on sequences learns which of them is meant where nothing says so.
 
 `python -m benchmarks.learning.sequence` pretrains it by backpropagation, a minute on one thread, and writes the folder
-`sequence-model` beside this file. A row is: prompt, 8 symbols, separator, the 8 symbols that come out. Seven rows in ten say
-with their prompt which operation it is; in the others the prompt is blank, and all operations are equally likely. The task
-is the blank prompt with one operation, sorting downwards: the model knows how, and must learn that it should.
+`sequence-model` beside this file. A row is: prompt, 8 symbols, separator, the 8 symbols that come out. Seven rows in
+ten say with their prompt which operation it is; in the others the prompt is blank, and all operations are equally
+likely. The task is the blank prompt with one operation, sorting downwards: the model knows how, and must learn that it
+should.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Sequence(Task):
     """The blank prompt means sorting downwards; all weights are trained."""
 
     name = "sequence"
-    title = "a GPT-2 of 0.15M weights that knows eight operations on sequences learns that a blank prompt means one; all weights"
+    title = "a GPT-2 of 0.15M weights that knows eight operations on sequences learns which is meant; all weights"
     budget = 2048
     interval = 128
     rate = 1e-4
