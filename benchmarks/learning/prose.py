@@ -21,9 +21,9 @@ class Prose(Task):
 
     name = "prose"
     title = "a GPT-2 of 1.09M weights, pretrained on docstrings, adapts to Python's language reference; all weights"
-    budget = 1536
+    budget = 1024
     interval = 128
-    rate = 1e-4
+    rate = 3e-5
     adamw_rate = 1e-3
 
     def model(self) -> nn.Module:

@@ -63,7 +63,7 @@ class Sequence(Task):
     title = "a GPT-2 of 0.15M weights that knows eight operations on sequences learns which is meant; all weights"
     budget = 2048
     interval = 128
-    rate = 1e-4
+    rate = 3e-5
     adamw_rate = 3e-4
 
     def model(self) -> nn.Module:
