@@ -13,7 +13,7 @@ from benchmarks.learning import tasks
 from benchmarks.learning.methods import METHODS
 from benchmarks.learning.tasks import Task
 
-TUNING = (101, 102)
+TUNING = (101,)
 """Seeds that choose the learning rate."""
 EVALUATION = (1, 2, 3, 4, 5)
 """Seeds that are reported."""
