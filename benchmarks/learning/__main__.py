@@ -14,7 +14,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
     parser.add_argument(
-        "--only", action="append", metavar="TASK/METHOD", help="patterns such as prose/rank1*; may be repeated"
+        "--only", action="append", metavar="TASK/METHOD", help="patterns such as prose/rank1*, the first first"
     )
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no run after this long")

@@ -1,8 +1,8 @@
 """How good an estimate of the gradient K directions give: its cosine to what backpropagation finds.
 
 Two cases. On one batch, K directions of that batch against its own gradient: what the directions alone lose. On
-batches, each direction on one of its own, as a run has it, against the gradient of 1,024 examples: what a run's estimate
-is worth.
+batches, each direction on one of its own, as a run has it, against the gradient of 1,024 examples: what a run's
+estimate is worth.
 """
 
 from __future__ import annotations

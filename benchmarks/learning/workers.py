@@ -44,9 +44,9 @@ def make_missing(only: list[str], workers: int, seconds: float, results: Path | 
 
 
 def cells(only: list[str]) -> list[tuple[str, str]]:
-    """The (task, method) that match a pattern; one method goes through all tasks before the next."""
+    """The (task, method) that match a pattern: those of the first pattern first, method by method."""
     named = [(task, method) for method in METHODS for task in VERSIONS]
-    return [cell for cell in named if any(fnmatch("/".join(cell), pattern) for pattern in only)]
+    return list(dict.fromkeys(cell for pattern in only for cell in named if fnmatch("/".join(cell), pattern)))
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
