@@ -8,6 +8,7 @@ estimate is worth.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,9 @@ KINDS: dict[str, dict[str, Any]] = {"rank-1": {}, "rank-4": RANK4, "Rademacher":
 Case = Literal["one batch", "batches"]
 CASES: tuple[Case, ...] = ("one batch", "batches")
 COUNTS = (1, 4, 16, 64, 256)
-"""K; of 256 directions there are 256 estimates of one, 64 of four, and so on."""
+"""K: the directions of an estimate."""
+_DIRECTIONS = 512
+"""Directions that are tried: 512 estimates of one, 128 of four, and so on."""
 _EXAMPLES = 1024
 VERSION = 1
 
@@ -54,31 +57,43 @@ def key(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def measure(task: Task, kind: str, case: Case) -> dict[str, Any]:
-    """Number of weights, and for each K the cosines of the estimates that `COUNTS[-1]` directions give."""
+    """What `_DIRECTIONS` directions say.
+
+    Returns:
+        weights: d, the number of trained weights.
+        cosines: for each K, E<estimate, gradient> / (|gradient| sqrt(E|estimate|^2)), each mean over the estimates:
+            without bias where one alone is nearly all noise.
+        single: the cosine of each estimate of 16 directions by itself.
+    """
     model = task.model()
     examples = task.batch(0, 0) if case == "one batch" else sample(task.train, _EXAMPLES)
     gradient = true_gradient(model, examples)
     replica = zoray.Replica(model, 7, **KINDS[kind])
-    names = [spec.name for spec in replica.layout.specs]
-    wanted = torch.cat([gradient[name].flatten() for name in names])
+    wanted = torch.cat([gradient[spec.name].flatten() for spec in replica.layout.specs])
+    wanted /= wanted.norm()
     sums = {count: torch.zeros_like(wanted) for count in COUNTS}
-    cosines: dict[int, list[float]] = {count: [] for count in COUNTS}
+    found: dict[int, list[tuple[float, float]]] = {count: [] for count in COUNTS}
     for number, z, g in directions(task, replica, case):
         for count in COUNTS:
-            sums[count].add_(z, alpha=g)
+            sums[count].add_(z, alpha=g / count)
             if (number + 1) % count == 0:
-                cosines[count].append(float(torch.nn.functional.cosine_similarity(sums[count], wanted, dim=0)))
+                found[count].append((float(sums[count] @ wanted), float(sums[count].norm())))
                 sums[count].zero_()
-    return {
-        "weights": replica.layout.numel,
-        "cosines": {str(count): rounded(found) for count, found in cosines.items()},
-    }
+    cosines = {str(count): rounded(ratio(pairs)) for count, pairs in found.items()}
+    single = [rounded(along / length) for along, length in found[16]]
+    return {"weights": replica.layout.numel, "cosines": cosines, "single": single}
+
+
+def ratio(pairs: list[tuple[float, float]]) -> float:
+    """Mean component along the gradient over the root mean square length, of (component, length) of each estimate."""
+    along = sum(component for component, _ in pairs) / len(pairs)
+    return along / math.sqrt(sum(length**2 for _, length in pairs) / len(pairs))
 
 
 def directions(task: Task, replica: zoray.Replica, case: Case) -> Iterator[tuple[int, torch.Tensor, float]]:
     """(number, z as one vector, projected gradient) of one direction after the other."""
     specs = replica.layout.specs
-    for number in range(COUNTS[-1]):
+    for number in range(_DIRECTIONS):
         batch = task.batch(0, 0 if case == "one batch" else number)
         found = replica.probe(0, number, batch, EPSILON)
         z = torch.cat([replica.directions.dense((0, number), spec).flatten() for spec in specs])
@@ -96,6 +111,6 @@ def true_gradient(model: torch.nn.Module, examples: Batch) -> dict[str, torch.Te
     return found
 
 
-def rounded(values: list[float]) -> list[float]:
+def rounded(value: float) -> float:
     """Five digits are enough of a cosine."""
-    return [float(f"{value:.5g}") for value in values]
+    return float(f"{value:.5g}")

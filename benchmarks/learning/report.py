@@ -6,13 +6,16 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from benchmarks.common import Row, write_section
 from benchmarks.learning import fidelity, tasks
 from benchmarks.learning.methods import METHODS
 from benchmarks.learning.plots import plot_all
 from benchmarks.learning.runs import EVALUATION, EXTENSIONS, RATES, Results
-from benchmarks.learning.statistics import Estimate, effective_dimension, estimate, expected_cosine
+from benchmarks.learning.statistics import Estimate, effective_dimension, expected_cosine
 from benchmarks.learning.store import lines, read
 from benchmarks.learning.summary import ACCURACY, Cell, cell, difference, share_to_reach
 
@@ -143,31 +146,24 @@ def rates(cells: Cells) -> Iterator[str]:
     yield ""
 
 
-def fidelities(measured: list[dict]) -> Iterator[str]:  # type: ignore[type-arg]
+def fidelities(measured: list[dict[str, Any]]) -> Iterator[str]:
     """Cosine of the estimate to the gradient against K, and the weights that theory would need for it."""
     yield "### The estimate, and how many directions to take\n"
     yield "![cosine against directions](learning/fidelity.svg)\n"
     head = [f"K = {count}" for count in fidelity.COUNTS]
-    yield "| task, weights | case | directions | " + " | ".join(head) + " | effective weights |"
-    yield "|---|---|---|" + "---|" * (len(head) + 1)
-    last = None
-    for line in measured:
-        case = line["task"], line["case"]
-        if case != last:
-            theory = [f"{expected_cosine(line['weights'], count):.4f}" for count in fidelity.COUNTS]
-            yield f"| {line['task']}, {line['weights']:,} | {line['case']} | √(K / (d + K − 1)) | {' | '.join(theory)} | |"
-            last = case
-        found = {int(count): estimate(values) for count, values in line["cosines"].items()}
-        shown = [f"{found[count].mean:.4f}" for count in fidelity.COUNTS]
-        effective = effective_dimension(pooled(line), 16)
-        yield f"| {line['task']} | {line['case']} | {line['kind']} | {' | '.join(shown)} | {effective:,.0f} |"
+    yield "| task | case | directions | " + " | ".join(head) + " | spread at 16 | effective weights |"
+    yield "|---|---|---|" + "---|" * (len(head) + 2)
+    for number, line in enumerate(measured):
+        where = f"| {line['task']} | {line['case']} |"
+        weights = line["weights"]
+        if number == 0 or any(line[name] != measured[number - 1][name] for name in ("task", "case")):
+            theory = " | ".join(f"{expected_cosine(weights, count):.4f}" for count in fidelity.COUNTS)
+            yield f"{where} √(K / (d + K − 1)) | {theory} | | {weights:,} |"
+        shown = " | ".join(f"{line['cosines'][str(count)]:.4f}" for count in fidelity.COUNTS)
+        spread = float(np.std(line["single"], ddof=1) / np.mean(line["single"]))
+        effective = effective_dimension(line["cosines"]["16"], 16)
+        yield f"{where} {line['kind']} | {shown} | {100 * spread:.0f} % | {effective:,.0f} |"
     yield ""
-
-
-def pooled(line: dict) -> float:  # type: ignore[type-arg]
-    """Root mean square of the cosines at K = 16: the square is what theory is about."""
-    found = line["cosines"]["16"]
-    return math.sqrt(sum(value**2 for value in found) / len(found))
 
 
 def reached(share: Estimate | None, never: int) -> str:
