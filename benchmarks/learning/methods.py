@@ -1,0 +1,196 @@
+"""The methods that are compared: each is one line of `METHODS`.
+
+What they share: the batches, the size of a batch, and epsilon. A forward pass is one of `tasks.ROWS` rows; a backward
+pass counts as two. Rates are relative: a method's `rate` is how many times larger than for one direction per step the
+middle of its grid lies (for AdamW: than the task's own for AdamW).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import zoray
+from benchmarks.learning.tasks import Batch, Task, mean_loss
+from benchmarks.mezo import descend, normals
+from zoray.aggregate import ProbeResult
+from zoray.commits import Commit
+
+EPSILON = 1e-3
+BatchOf = Callable[[int], Batch]
+"""Batch number n of a run."""
+Step = Callable[[int, float], float]
+"""(number of the step, its learning rate) -> training loss; moves the weights."""
+Decider = Callable[[int, Sequence[ProbeResult], float], Commit]
+"""(step, its results, its learning rate) -> the commit; may remember what it likes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to train.
+
+    Attributes:
+        title: what a reader is told.
+        rate: middle of the grid of learning rates, relative to that of one direction per step.
+        schedule: "constant", or "linear" to 0.
+        version: raised whenever the method changes; results of other versions do not count.
+    """
+
+    title: str
+    rate: float = 1.0
+    schedule: Literal["constant", "linear"] = "constant"
+    version: int = 1
+
+    @property
+    @abstractmethod
+    def forwards(self) -> int:
+        """Forward passes of a step."""
+
+    @abstractmethod
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
+        """Begin a run on a model, which the steps will change in place."""
+
+    def middle(self, task: Task) -> float:
+        """Middle of the grid of learning rates."""
+        return task.rate * self.rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeZO(Method):
+    """Algorithm 1 of Malladi et al. 2023, as published (`benchmarks.mezo`)."""
+
+    dtype: torch.dtype = torch.float32
+    forwards: int = 2
+
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
+        """The weights are perturbed in place, and updated in their own dtype."""
+        model.to(self.dtype)
+
+        def step(number: int, rate: float) -> float:
+            batch = batch_of(number)
+            # Kept for the time of the step: sooner done than made four times over, with the same bits.
+            kept = list(normals(model, (seed << 32) + number))
+            return descend(lambda: kept, lambda: float(mean_loss(model, batch)), EPSILON, rate)[1]
+
+        return step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zoray(Method):
+    """The library, as a cluster runs it.
+
+    Attributes:
+        directions: K, each on a batch of its own.
+        replica: arguments of `zoray.Replica`, its estimator for one.
+        scalars: what of a projected gradient counts: int8 as in a commit, all its bits, or its sign.
+        decider: makes what turns the results of a step into its commit; an optimizer goes here.
+        passes: forward passes of a step, if they are not two per direction.
+    """
+
+    directions: int = 16
+    replica: Mapping[str, Any] = field(default_factory=dict)
+    scalars: Literal["int8", "float32", "sign"] = "int8"
+    dtype: torch.dtype = torch.float32
+    decider: Callable[[], Decider] = lambda: plain
+    passes: int | None = None
+
+    @property
+    def forwards(self) -> int:
+        """Two for each direction."""
+        return 2 * self.directions if self.passes is None else self.passes
+
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
+        """A replica of the model, with the run's seed."""
+        replica = zoray.Replica(model.to(self.dtype), seed, **self.replica)
+        decide = self.decider()
+
+        def step(number: int, rate: float) -> float:
+            first = number * self.directions
+            results = [replica.probe(number, k, batch_of(first + k), EPSILON) for k in range(self.directions)]
+            if self.scalars == "float32":
+                add_exactly(replica, results, rate)
+            else:
+                replica.apply(decide(number, list(map(signed, results)) if self.scalars == "sign" else results, rate))
+            return sum(result.loss for result in results) / len(results)
+
+        return step
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Method):
+    """Backpropagation with AdamW: what forward passes alone are measured against from above."""
+
+    forwards: int = 3
+
+    def middle(self, task: Task) -> float:
+        """The task's own."""
+        return task.adamw_rate * self.rate
+
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
+        """torch's AdamW without weight decay."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+
+        def step(number: int, rate: float) -> float:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            loss = mean_loss(model, batch_of(number))
+            loss.backward()
+            optimizer.step()
+            return loss.item()
+
+        return step
+
+
+def plain(step: int, results: Sequence[ProbeResult], rate: float) -> Commit:
+    """SGD on the mean of the directions."""
+    return zoray.commit(step, results, learning_rate=rate)
+
+
+def signed(result: ProbeResult) -> ProbeResult:
+    """The result of which only the sign of the projected gradient is left."""
+    g = result.projected_gradient
+    return replace(result, projected_gradient=float((g > 0) - (g < 0)))
+
+
+@torch.no_grad()
+def add_exactly(replica: zoray.Replica, results: Sequence[ProbeResult], rate: float) -> None:
+    """theta <- theta - rate/K sum_k g_k z_k in float32, with g as the probes found it: no commit can say that."""
+    parameters = dict(replica.model.named_parameters())
+    for spec in replica.layout.specs:
+        total = torch.zeros(spec.shape)
+        for result in results:
+            z = replica.directions.dense((result.step, result.direction), spec)
+            total.add_(z, alpha=result.projected_gradient)
+        parameters[spec.name].sub_(total, alpha=rate / len(results))
+
+
+RANK4 = {"direction": "rank", "rank": 4}
+DENSE = {"direction": "rademacher"}
+GAUSSIAN = {"direction": "gaussian"}
+HALF = torch.bfloat16
+
+METHODS: dict[str, Method] = {
+    "mezo": MeZO(title="MeZO as published: Gaussian, float32, one direction"),
+    "rank1": Zoray(title="rank-1, K = 16, int8", rate=10),
+    "dense": Zoray(title="dense Rademacher, K = 16, int8", rate=10, replica=DENSE),
+    "adamw": AdamW(title="AdamW by backpropagation"),
+    "rank1-float": Zoray(title="rank-1, K = 16, float32 scalars", rate=10, scalars="float32"),
+    "rank1-one": Zoray(title="rank-1, K = 1", directions=1),
+    "rank1-bf16": Zoray(title="rank-1, K = 16, bfloat16 rounded stochastically", rate=10, dtype=HALF),
+    "mezo-bf16": MeZO(title="MeZO in bfloat16, in place", dtype=HALF),
+    "rank4": Zoray(title="rank-4, K = 16", rate=10, replica=RANK4),
+    "rank1-sign": Zoray(title="rank-1, K = 16, sign only", rate=10, scalars="sign"),
+    "rank1-linear": Zoray(title="rank-1, K = 16, linear schedule", rate=10, schedule="linear"),
+    "dense-one": Zoray(title="dense Rademacher, K = 1", directions=1, replica=DENSE),
+    "rank4-one": Zoray(title="rank-4, K = 1", directions=1, replica=RANK4),
+    "rank1-one-bf16": Zoray(title="rank-1, K = 1, bfloat16 rounded stochastically", directions=1, dtype=HALF),
+    "gaussian": Zoray(title="Gaussian, K = 16", rate=10, replica=GAUSSIAN),
+}
+"""By name, the most wanted first."""

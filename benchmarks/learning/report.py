@@ -1,0 +1,189 @@
+"""Tables and plots of the runs that are there: a section of RESULTS.md, and what docs/learning.md quotes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Row, write_section
+from benchmarks.learning import fidelity, tasks
+from benchmarks.learning.methods import METHODS
+from benchmarks.learning.plots import plot_all
+from benchmarks.learning.runs import EVALUATION, EXTENSIONS, RATES, Results
+from benchmarks.learning.statistics import Estimate, effective_dimension, expected_cosine
+from benchmarks.learning.store import lines, read
+from benchmarks.learning.summary import ACCURACY, Cell, cell, difference, share_to_reach
+
+PAGE = Path(__file__).parents[2] / "docs/learning.md"
+BASELINE = "mezo"
+DEFAULT = "rank1"
+"""What `zoray train` does unless it is told otherwise."""
+THIRD = 1 / 3
+Cells = dict[tuple[str, str], Cell]
+
+PAIRS = (
+    ("rank1", "dense", "rank-1 against dense Rademacher"),
+    ("rank4", "rank1", "rank-4 against rank-1"),
+    ("rank1", "rank1-one", "16 directions a step against one"),
+    ("rank1", "rank1-float", "int8 against float32 scalars"),
+    ("rank1-sign", "rank1-float", "sign only against float32 scalars"),
+    ("rank1-bf16", "rank1", "bfloat16 rounded stochastically against float32, K = 16"),
+    ("rank1-one-bf16", "rank1-one", "bfloat16 rounded stochastically against float32, K = 1"),
+    ("mezo-bf16", "mezo", "bfloat16 in place, as MeZO does it, against float32"),
+    ("rank1-linear", "rank1", "linear schedule against constant"),
+)
+"""Methods that differ in one thing."""
+
+
+def report() -> None:
+    """Write all of it."""
+    results = read()
+    cells = {(task, method): cell(results, task, method) for task in tasks.VERSIONS for method in METHODS}
+    measured = list(lines(fidelity.RESULTS))
+    plot_all(cells, measured)
+    text = "\n".join([*curves(cells), *pairs(cells), *rates(cells), *fidelities(measured)])
+    page = PAGE.read_text(encoding="utf-8")
+    pattern = re.compile(r"(<!-- learning -->\n).*?(\n<!-- /learning -->)", re.DOTALL)
+    PAGE.write_text(pattern.sub(lambda match: match[1] + text + match[2], page), encoding="utf-8")
+    write_section(
+        "learning", "Learning per forward pass", "python -m benchmarks.learning", list(figures(results, cells))
+    )
+
+
+def figures(results: Results, cells: Cells) -> Iterator[Row]:
+    """The rows of RESULTS.md."""
+    yield Row("runs made, of all tasks, methods, rates and seeds", str(len(results)), "reported", None)
+    for task in tasks.VERSIONS:
+        ours, theirs = cells[task, DEFAULT], cells[task, BASELINE]
+        if ours.outcomes and theirs.lasting:
+            share, never = share_to_reach(ours, theirs)
+            met = share is not None and never == 0 and share.mean <= THIRD
+            value = f"{reached(share, never)}; {seeds(ours)}"
+            yield Row(
+                f"{task}: forward passes to MeZO's final loss, {METHODS[DEFAULT].title} / MeZO", value, "≤ 1/3", met
+            )
+    for first, second, what in PAIRS:
+        for task in tasks.VERSIONS:
+            gap = difference(cells[task, first], cells[task, second])
+            if gap is not None and gap.count > 1:
+                target, met = wanted(first, gap)
+                yield Row(f"{task}: held-out loss, {what}", f"{signed(gap)}, {gap.count} pairs", target, met)
+
+
+def wanted(method: str, gap: Estimate) -> tuple[str, bool | None]:
+    """The issue's target for a difference, and whether it is met."""
+    if method == "rank1" or method.endswith(("sign", "linear")) or method == "rank4":
+        return "reported", None
+    worse = gap.mean - gap.half > 0
+    return ("> 0 (it loses)", worse) if method == "mezo-bf16" else ("≤ 0 within the interval", not worse)
+
+
+def curves(cells: Cells) -> Iterator[str]:
+    """A table per task: how each method ends, and how soon it gets to where MeZO ends."""
+    for task in tasks.VERSIONS:
+        what = tasks.get(task)
+        yield f"### {task}: {what.title}\n"
+        yield f"![held-out loss against forward passes](learning/{task}.svg)\n"
+        yield f"{what.budget:,} forward passes of {tasks.ROWS} rows. Held-out loss and accuracy at the end.\n"
+        yield "| method | learning rate | seeds | loss | accuracy | loss minus MeZO's | passes to MeZO's loss |"
+        yield "|---|---|---|---|---|---|---|"
+        theirs = cells[task, BASELINE]
+        for method, how in METHODS.items():
+            one = cells[task, method]
+            if one.outcomes:
+                yield f"| {how.title} | {one.rate:.3g} | {seeds(one)} | {against(one, theirs)} |"
+        yield ""
+
+
+def against(one: Cell, theirs: Cell) -> str:
+    """The last four columns."""
+    if not one.lasting:
+        return "| | | "
+    found = [str(one.final()), f"{100 * one.final(ACCURACY).mean:.1f} ± {100 * one.final(ACCURACY).half:.1f} %"]
+    if one is theirs or not theirs.lasting:
+        return " | ".join([*found, "", ""])
+    gap = difference(one, theirs)
+    return " | ".join([*found, "" if gap is None else signed(gap), reached(*share_to_reach(one, theirs))])
+
+
+def pairs(cells: Cells) -> Iterator[str]:
+    """Methods that differ in one thing, seed by seed."""
+    yield "### One thing at a time\n"
+    yield "Held-out loss at the end, the first minus the second, each at its own best rate, and the pairs of seeds."
+    yield "Negative: the first is better.\n"
+    yield "| | " + " | ".join(tasks.VERSIONS) + " |"
+    yield "|---|" + "---|" * len(tasks.VERSIONS)
+    for first, second, what in PAIRS:
+        gaps = [difference(cells[task, first], cells[task, second]) for task in tasks.VERSIONS]
+        if any(gaps):
+            yield (
+                f"| {what} | "
+                + " | ".join("" if gap is None else f"{signed(gap)} ({gap.count})" for gap in gaps)
+                + " |"
+            )
+    yield ""
+
+
+def rates(cells: Cells) -> Iterator[str]:
+    """Every grid: the learning rates and what they came to."""
+    yield "### Learning rates\n"
+    yield f"{RATES} rates, each √10 times the one before; where the best was at an edge, up to {EXTENSIONS} more."
+    yield "Mean held-out loss at the end over the tuning seeds; ∞: diverged.\n"
+    yield "![final loss against learning rate](learning/rates.svg)\n"
+    yield "| task | method | rate: loss |"
+    yield "|---|---|---|"
+    for (task, method), one in cells.items():
+        if one.tuning:
+            tried = ", ".join(
+                f"{rate:.3g}: {bold(loss, rate == one.rate)}" for rate, loss in sorted(one.tuning.items())
+            )
+            yield f"| {task} | {METHODS[method].title} | {tried} |"
+    yield ""
+
+
+def fidelities(measured: list[dict[str, Any]]) -> Iterator[str]:
+    """Cosine of the estimate to the gradient against K, and the weights that theory would need for it."""
+    yield "### The estimate, and how many directions to take\n"
+    yield "![cosine against directions](learning/fidelity.svg)\n"
+    head = [f"K = {count}" for count in fidelity.COUNTS]
+    yield "| task | case | directions | " + " | ".join(head) + " | spread at 16 | effective weights |"
+    yield "|---|---|---|" + "---|" * (len(head) + 2)
+    for number, line in enumerate(measured):
+        where = f"| {line['task']} | {line['case']} |"
+        weights = line["weights"]
+        if number == 0 or any(line[name] != measured[number - 1][name] for name in ("task", "case")):
+            theory = " | ".join(f"{expected_cosine(weights, count):.4f}" for count in fidelity.COUNTS)
+            yield f"{where} √(K / (d + K − 1)) | {theory} | | {weights:,} |"
+        shown = " | ".join(f"{line['cosines'][str(count)]:.4f}" for count in fidelity.COUNTS)
+        spread = float(np.std(line["single"], ddof=1) / np.mean(line["single"]))
+        effective = effective_dimension(line["cosines"]["16"], 16)
+        yield f"{where} {line['kind']} | {shown} | {100 * spread:.0f} % | {effective:,.0f} |"
+    yield ""
+
+
+def reached(share: Estimate | None, never: int) -> str:
+    """The share of MeZO's forward passes, and how many seeds do not get there."""
+    shown = "" if share is None else f"{share.mean:.2f}" + (f" ± {share.half:.2f}" if math.isfinite(share.half) else "")
+    return ", ".join(filter(None, [shown, f"{never} never" if never else ""]))
+
+
+def signed(gap: Estimate) -> str:
+    """A difference with its sign and interval."""
+    return f"{gap.mean:+.4f}" + (f" ± {gap.half:.4f}" if math.isfinite(gap.half) else "")
+
+
+def seeds(one: Cell) -> str:
+    """How many seeds there are, and how many of them diverged."""
+    missing = f" of {len(EVALUATION)}" if len(one.outcomes) < len(EVALUATION) else ""
+    return f"{len(one.outcomes)}{missing}" + (f", {one.diverged} diverged" if one.diverged else "")
+
+
+def bold(loss: float, best: bool) -> str:
+    """A loss as the table shows it."""
+    shown = f"{loss:.4f}" if math.isfinite(loss) else "∞"
+    return f"**{shown}**" if best else shown

@@ -1,0 +1,138 @@
+"""One run, the grid of runs, and which is missing next. Pure but for `train`, which trains."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.learning import tasks
+from benchmarks.learning.methods import METHODS
+from benchmarks.learning.tasks import Task
+
+TUNING = (101,)
+"""Seeds that choose the learning rate."""
+EVALUATION = (1, 2, 3, 4, 5)
+"""Seeds that are reported."""
+RATES = 5
+FACTOR = math.sqrt(10)
+EXTENSIONS = 3
+"""Rates that are added, one at a time, while the best is at an edge of the grid."""
+DIVERGED = 1.5
+"""A run whose held-out loss is this many times that of the start is stopped."""
+
+Point = tuple[float, float, float, float]
+"""Forward passes so far, training loss since the point before (nan at the start), held-out loss and accuracy."""
+Spread = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one line of the results is of."""
+
+    task: str
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """Of the task and the method: lines of others do not count."""
+        return tasks.VERSIONS[self.task], METHODS[self.method].version
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        curve: the points measured, the first before any step.
+        diverged: whether it was stopped for that; the curve then ends early.
+    """
+
+    curve: tuple[Point, ...]
+    diverged: bool
+
+    @property
+    def final(self) -> float:
+        """Held-out loss at the end; infinite if it diverged."""
+        return math.inf if self.diverged else self.curve[-1][2]
+
+
+Results = Mapping[Run, Outcome]
+
+
+def train(run: Run) -> tuple[Outcome, float]:
+    """Make the run, from the pretrained weights to the end of its budget; returns its seconds too."""
+    task, method = tasks.get(run.task), METHODS[run.method]
+    started = time.perf_counter()
+    # Adapters and dropout aside, nothing may draw from torch's own generator; a run must not depend on those before it.
+    torch.manual_seed(run.seed)
+    model = task.model()
+    curve: list[Point] = [(0, math.nan, *task.evaluate(model))]
+    step = method.start(model, lambda index: task.batch(run.seed, index), run.seed)
+    losses: list[float] = []
+    passes = number = 0
+    while passes < task.budget:
+        rate = run.rate * (1 - passes / task.budget if method.schedule == "linear" else 1)
+        losses.append(step(number, rate))
+        number += 1
+        passes += method.forwards
+        if due(passes, method.forwards, task):
+            curve.append((passes, sum(losses) / len(losses), *task.evaluate(model)))
+            losses.clear()
+            if not curve[-1][2] <= DIVERGED * curve[0][2]:
+                return Outcome(tuple(curve), True), time.perf_counter() - started
+    return Outcome(tuple(curve), False), time.perf_counter() - started
+
+
+def due(passes: int, added: int, task: Task) -> bool:
+    """Whether one of the points at which a task is measured lies within the last `added` forward passes."""
+    return passes // task.interval > (passes - added) // task.interval
+
+
+def grid(middle: float, count: int = RATES) -> list[float]:
+    """Rates around the middle, each `FACTOR` times the one before, to three digits: they are part of a run's name."""
+    return [float(f"{middle * FACTOR ** (index - count // 2):.3g}") for index in range(count)]
+
+
+def mean_final(results: Results, task: str, method: str, rate: float, seeds: Iterable[int]) -> float | None:
+    """Mean of the held-out losses at the end over the seeds that are there; None if there is none."""
+    found = [results[run].final for seed in seeds if (run := Run(task, method, rate, seed)) in results]
+    return sum(found) / len(found) if found else None
+
+
+def tuned(results: Results, task: str, method: str) -> tuple[float | None, list[float]]:
+    """The best rate of a grid whose tuning runs are all there, else None; and the rates that are wanted."""
+    rates = grid(METHODS[method].middle(tasks.get(task)))
+    for _ in range(EXTENSIONS + 1):
+        if not all(Run(task, method, rate, seed) in results for rate in rates for seed in TUNING):
+            return None, rates
+        means = {rate: mean_final(results, task, method, rate, TUNING) for rate in rates}
+        best = min(rates, key=lambda rate: (means[rate], rate))
+        if best not in (rates[0], rates[-1]) or len(rates) == RATES + EXTENSIONS:
+            break
+        rates = [
+            *([grid(best, 3)[0]] if best == rates[0] else []),
+            *rates,
+            *([grid(best, 3)[2]] if best == rates[-1] else []),
+        ]
+    return best, rates
+
+
+def wanted(results: Results, cells: Sequence[tuple[str, str]], flying: Iterable[Run] = ()) -> Iterator[Run]:
+    """Runs that are neither there nor on their way, in the order they should be made.
+
+    Cells (task, method) come one after the other: first the tuning runs of one, then its evaluation.
+    """
+    busy = set(flying)
+    for task, method in cells:
+        best, rates = tuned(results, task, method)
+        if best is None:
+            runs = [Run(task, method, rate, seed) for seed in TUNING for rate in rates]
+        else:
+            runs = [Run(task, method, best, seed) for seed in EVALUATION]
+        yield from (run for run in runs if run not in results and run not in busy)
