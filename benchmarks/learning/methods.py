@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,15 +19,13 @@ import zoray
 from benchmarks.learning.tasks import Batch, Task, mean_loss
 from benchmarks.mezo import descend, normals
 from zoray.aggregate import ProbeResult
-from zoray.commits import Commit
+from zoray.optim import SGD, Optimizer
 
 EPSILON = 1e-3
 BatchOf = Callable[[int], Batch]
 """Batch number n of a run."""
 Step = Callable[[int, float], float]
 """(number of the step, its learning rate) -> training loss; moves the weights."""
-Decider = Callable[[int, Sequence[ProbeResult], float], Commit]
-"""(step, its results, its learning rate) -> the commit; may remember what it likes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,37 +83,50 @@ class Zoray(Method):
     """The library, as a cluster runs it.
 
     Attributes:
-        directions: K, each on a batch of its own.
-        replica: arguments of `zoray.Replica`, its estimator for one.
-        scalars: what of a projected gradient counts: int8 as in a commit, all its bits, or its sign.
-        decider: makes what turns the results of a step into its commit; an optimizer goes here.
-        passes: forward passes of a step, if they are not two per direction.
+        directions: K, each on a batch of its own, unless the estimator is one-sided: then all are on one.
+        replica: arguments of `zoray.Replica`.
+        estimator: "spsa" or "one_sided".
+        scalars: what of a projected gradient counts: int8 as in a commit, or all its bits.
+        optimizer: what turns the results of a step into its commit.
+        unit: middle of the grid where the optimizer's rates do not scale with the task's.
     """
 
     directions: int = 16
     replica: Mapping[str, Any] = field(default_factory=dict)
-    scalars: Literal["int8", "float32", "sign"] = "int8"
+    estimator: Literal["spsa", "one_sided"] = "spsa"
+    scalars: Literal["int8", "float32"] = "int8"
     dtype: torch.dtype = torch.float32
-    decider: Callable[[], Decider] = lambda: plain
-    passes: int | None = None
+    optimizer: Optimizer = SGD
+    unit: float | None = None
 
     @property
     def forwards(self) -> int:
-        """Two for each direction."""
-        return 2 * self.directions if self.passes is None else self.passes
+        """Two for each direction; one-sided, one for each and one more. The curvature takes another."""
+        probes = 2 * self.directions if self.estimator == "spsa" else self.directions + 1
+        return probes + int(self.optimizer.wants_curvature)
+
+    def middle(self, task: Task) -> float:
+        """Of the task, or the optimizer's own."""
+        return super().middle(task) if self.unit is None else self.unit
 
     def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
         """A replica of the model, with the run's seed."""
-        replica = zoray.Replica(model.to(self.dtype), seed, **self.replica)
-        decide = self.decider()
+        replica = zoray.Replica(model.to(self.dtype), seed, estimator=self.estimator, **self.replica)
+        state, curved = self.optimizer.initial(), self.optimizer.wants_curvature
 
         def step(number: int, rate: float) -> float:
+            nonlocal state
             first = number * self.directions
-            results = [replica.probe(number, k, batch_of(first + k), EPSILON) for k in range(self.directions)]
+            batches = [batch_of(first + (k if self.estimator == "spsa" else 0)) for k in range(self.directions)]
+            results = [
+                replica.probe(number, k, batch, EPSILON, curved=curved and k == 0) for k, batch in enumerate(batches)
+            ]
             if self.scalars == "float32":
                 add_exactly(replica, results, rate)
             else:
-                replica.apply(decide(number, list(map(signed, results)) if self.scalars == "sign" else results, rate))
+                commit = zoray.commit(number, results, learning_rate=rate, optimizer=self.optimizer, state=state)
+                replica.apply(commit)
+                state = self.optimizer.after(state, commit)
             return sum(result.loss for result in results) / len(results)
 
         return step
@@ -148,17 +159,6 @@ class AdamW(Method):
         return step
 
 
-def plain(step: int, results: Sequence[ProbeResult], rate: float) -> Commit:
-    """SGD on the mean of the directions."""
-    return zoray.commit(step, results, learning_rate=rate)
-
-
-def signed(result: ProbeResult) -> ProbeResult:
-    """The result of which only the sign of the projected gradient is left."""
-    g = result.projected_gradient
-    return replace(result, projected_gradient=float((g > 0) - (g < 0)))
-
-
 @torch.no_grad()
 def add_exactly(replica: zoray.Replica, results: Sequence[ProbeResult], rate: float) -> None:
     """theta <- theta - rate/K sum_k g_k z_k in float32, with g as the probes found it: no commit can say that."""
@@ -175,22 +175,44 @@ RANK4 = {"direction": "rank", "rank": 4}
 DENSE = {"direction": "rademacher"}
 GAUSSIAN = {"direction": "gaussian"}
 HALF = torch.bfloat16
+MOMENT = Optimizer(normalize="second_moment")
+CURVED = Optimizer(normalize="curvature")
+ONE_SIDED = Optimizer(normalize="curvature", shaping="centered")
 
 METHODS: dict[str, Method] = {
     "mezo": MeZO(title="MeZO as published: Gaussian, float32, one direction"),
     "rank1": Zoray(title="rank-1, K = 16, int8", rate=10),
     "dense": Zoray(title="dense Rademacher, K = 16, int8", rate=10, replica=DENSE),
     "adamw": AdamW(title="AdamW by backpropagation"),
+    "one-curved": Zoray(
+        title="one-sided, K = 16, curvature, linear schedule",
+        unit=0.2, estimator="one_sided", optimizer=ONE_SIDED, schedule="linear",
+    ),
+    "curved": Zoray(title="rank-1, K = 16, curvature, linear schedule", unit=0.2, optimizer=CURVED, schedule="linear"),
+    "moment": Zoray(title="rank-1, K = 16, second moment (MEAZO)", unit=0.005, optimizer=MOMENT),
+    "fzoo": Zoray(
+        title="one-sided, K = 16, loss deviation (FZOO)",
+        unit=0.005, estimator="one_sided", optimizer=Optimizer(normalize="loss_deviation"),
+    ),
+    "momentum": Zoray(title="rank-1, K = 16, momentum 0.9", optimizer=Optimizer(momentum=0.9)),
+    "nesterov": Zoray(title="rank-1, K = 16, Nesterov 0.9", optimizer=Optimizer(momentum=0.9, nesterov=True)),
     "rank1-float": Zoray(title="rank-1, K = 16, float32 scalars", rate=10, scalars="float32"),
     "rank1-one": Zoray(title="rank-1, K = 1", directions=1),
     "rank1-bf16": Zoray(title="rank-1, K = 16, bfloat16 rounded stochastically", rate=10, dtype=HALF),
     "mezo-bf16": MeZO(title="MeZO in bfloat16, in place", dtype=HALF),
     "rank4": Zoray(title="rank-4, K = 16", rate=10, replica=RANK4),
-    "rank1-sign": Zoray(title="rank-1, K = 16, sign only", rate=10, scalars="sign"),
+    "rank1-sign": Zoray(title="rank-1, K = 16, sign only", rate=10, optimizer=Optimizer(shaping="sign")),
     "rank1-linear": Zoray(title="rank-1, K = 16, linear schedule", rate=10, schedule="linear"),
+    "zscore": Zoray(title="rank-1, K = 16, z-scores", unit=0.005, optimizer=Optimizer(shaping="zscore")),
+    "ranks": Zoray(title="rank-1, K = 16, centred ranks", unit=0.015, optimizer=Optimizer(shaping="rank")),
+    "guided": Zoray(title="rank-1, K = 16, guided (MeZO-GV)", rate=10, optimizer=Optimizer(shaping="guided")),
+    "one-sided": Zoray(
+        title="one-sided, K = 16, centred",
+        rate=10, estimator="one_sided", optimizer=Optimizer(shaping="centered"),
+    ),
     "dense-one": Zoray(title="dense Rademacher, K = 1", directions=1, replica=DENSE),
     "rank4-one": Zoray(title="rank-4, K = 1", directions=1, replica=RANK4),
     "rank1-one-bf16": Zoray(title="rank-1, K = 1, bfloat16 rounded stochastically", directions=1, dtype=HALF),
     "gaussian": Zoray(title="Gaussian, K = 16", rate=10, replica=GAUSSIAN),
-}
+}  # fmt: skip
 """By name, the most wanted first."""
