@@ -34,7 +34,8 @@ from zoray.config.sections import (
     StreamedMemory,
     Zero3Memory,
 )
-from zoray.config.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, PromptedTask
+from zoray.config.tasks import CausalLMTask, ClassificationTask
+from zoray.config.worded import GenerationTask, MultipleChoiceTask, PromptedTask
 from zoray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -481,6 +481,18 @@ def test_examples_with_unequal_numbers_of_choices(tmp_path: Path) -> None:
     assert float(both.sums.sum()) == pytest.approx(float(found.sums.sum()), rel=1e-5)
 
 
+def test_choices_of_one_token_of_which_several_are_right(tmp_path: Path) -> None:
+    rows = [{"text": "the end", "choices": ["of", "the", "is"], "right": right} for right in (["of"], ["the", "is"])]
+    task = {"kind": "multiple_choice", "prompt": "{text}", "choices": "choices", "answer": "right"}
+    for chosen in (rows, rows[:1]):
+        data = write(tmp_path / f"{len(chosen)}.jsonl", chosen)
+        made, found = opened({**task, "train": data, "eval": data})
+        batch = found.eval_batch(0)
+        assert ("words" in batch) == (len(chosen) == 1), "a single row would have one right word only"
+        replica = Replica(load_model(made), objective=found.objective)
+        assert replica.evaluate(batch).summary()[2] == len(chosen)
+
+
 def test_a_long_prompt_loses_its_beginning(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"sentence": "word " * 100 + "last", "label": 0}, SST2[0]]
     _, task = opened({"template": "sst2", "train": write(tmp_path / "t.jsonl", rows), "max_length": 32})

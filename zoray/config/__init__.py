@@ -12,6 +12,7 @@ from zoray.config.load import dump, load, with_memory
 from zoray.config.optimizer import OptimizerConfig
 from zoray.config.schema import RunConfig, TrackerName
 from zoray.config.sections import (
+    CellKind,
     DirectionConfig,
     LoraConfig,
     MemoryConfig,
@@ -20,16 +21,8 @@ from zoray.config.sections import (
     TrainableLora,
     Zero3Memory,
 )
-from zoray.config.tasks import (
-    CausalLMTask,
-    CellKind,
-    ClassificationTask,
-    GenerationTask,
-    MultipleChoiceTask,
-    PromptedTask,
-    TaskConfig,
-    WordedTask,
-)
+from zoray.config.tasks import CausalLMTask, ClassificationTask, TaskConfig
+from zoray.config.worded import GenerationTask, MultipleChoiceTask, PromptedTask, WordedTask
 
 __all__ = [
     "DIFFERENTIATING",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from zoray.config.sections import fault
-from zoray.config.tasks import CausalLMTask, GenerationTask, TaskConfig
+from zoray.config.tasks import CausalLMTask, TaskConfig
+from zoray.config.worded import GenerationTask
 
 OBJECTIVE = r"^(loss|accuracy|f1|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
 """What an objective may be called."""

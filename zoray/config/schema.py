@@ -23,7 +23,8 @@ from zoray.config.sections import (
     fault,
     key,
 )
-from zoray.config.tasks import GenerationTask, TaskConfig, WordedTask
+from zoray.config.tasks import TaskConfig
+from zoray.config.worded import GenerationTask, WordedTask
 from zoray.optim import Optimizer, Width
 from zoray.schedule import POLYNOMIAL_END
 from zoray.stores import has_keys, shown

@@ -32,6 +32,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+CellKind = Literal["text", "label", "value"]
+"""What a column must hold: `text` is str, `label` is int or str, `value` is anything but null."""
+
+Architecture = Literal["causal", "masked", "classifier"]
+"""A causal or masked language model, or a sequence classifier."""
+
+FILES = (
+    "a JSONL, JSON, CSV or Parquet file, or a folder of such files (read in order of their names); also on an object "
+    "store (`s3://bucket/folder`, `gs://...`)."
+)
+"""What a data set is, for the keys that name one."""
+
+
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021), made by `peft`; the names are those of `peft.LoraConfig`."""
 

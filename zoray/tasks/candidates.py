@@ -102,8 +102,8 @@ class _Examples:
     Attributes:
         first: the first row of each.
         right: the first row of each that is right.
-        words: the token that each candidate is, shape (examples, candidates), if each is one token in the same place:
-            the last of its row, or wherever the mask is.
+        words: the token that each candidate is, shape (examples, candidates), if each is one token in the same place
+            (the last of its row, or wherever the mask is), and one of them is right.
     """
 
     def __init__(self, store: TokenStore, masked: bool) -> None:
@@ -113,7 +113,7 @@ class _Examples:
         self.right = right[np.searchsorted(right, self.first)]
         count = len(store) // len(self.first)
         self.words: Ints | None = None
-        if len(store) == count * len(self.first) and (np.diff(self.first) == count).all():
+        if len(right) == len(self.first) and (np.diff([*self.first, len(store)]) == count).all():
             alike = (starts.reshape(-1, count) == starts[self.first, None]).all()
             if masked or (alike and (starts == store.lengths - 1).all()):
                 words = [store.tokens(row)[start] for row, start in enumerate(starts)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoray.config import PromptedTask, WordedTask
 from zoray.config.prompt import prompt
-from zoray.config.tasks import label_text
+from zoray.config.worded import label_text
 from zoray.errors import DataError
 from zoray.tasks.base import require_examples
 from zoray.tasks.source import DataFile, find_files, read_rows
