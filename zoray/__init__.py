@@ -15,8 +15,20 @@ if TYPE_CHECKING:
     from zoray.ledger import Ledger
     from zoray.loss import RowLosses
     from zoray.replica import Replica
+    from zoray.selection import Rotation, SmallWeights
 
-__all__ = ["Commit", "Ledger", "ProbeResult", "Replica", "RowLosses", "ZorayError", "__version__", "commit"]
+__all__ = [
+    "Commit",
+    "Ledger",
+    "ProbeResult",
+    "Replica",
+    "Rotation",
+    "RowLosses",
+    "SmallWeights",
+    "ZorayError",
+    "__version__",
+    "commit",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -24,7 +36,9 @@ _HOMES = {
     "Ledger": "zoray.ledger",
     "ProbeResult": "zoray.aggregate",
     "Replica": "zoray.replica",
+    "Rotation": "zoray.selection",
     "RowLosses": "zoray.loss",
+    "SmallWeights": "zoray.selection",
     "ZorayError": "zoray.errors",
     "commit": "zoray.aggregate",
 }

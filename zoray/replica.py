@@ -20,6 +20,7 @@ from zoray.memory.base import Reader
 from zoray.partitioned import holds_buffers, is_partitioned, own_part
 from zoray.probe import Prober
 from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
+from zoray.selection import Selection, cover
 
 _MASK = (1 << 64) - 1
 
@@ -42,6 +43,8 @@ class Replica:
         signs: both signs in one forward ("batched"), in two ("sequential"), or as proved on the first batch ("auto").
         head: the language-model head in slices of the vocabulary ("chunked"), whole ("full"), or as proved ("auto").
         loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
+        selection: move some of the trained weights only: `SmallWeights` (Sparse-MeZO) or `Rotation` (block coordinate
+            descent). It is made from the weights that the model has now, which must be those the run begins with.
         memory: what holds the weights, made of the model and the run's directions. With `Streamed`, of
             `zoray.memory.streamed`, they are brought to the device block by block. With `Zero3`, of
             `zoray.memory.zero3`, each of several processes holds a part of them; all of them must then call the same
@@ -49,6 +52,7 @@ class Replica:
 
     Raises:
         ModelError: nothing to train, or a parameter that cannot be trained.
+        ConfigError: the selection does not suit the model.
     """
 
     def __init__(
@@ -61,12 +65,15 @@ class Replica:
         signs: SignsChoice = "auto",
         head: HeadChoice = "auto",
         loss: LossFunction | None = None,
+        selection: Selection | None = None,
         memory: Callable[[nn.Module, Directions], Memory] = Resident,
     ) -> None:
         self.model = model.eval()
         self.layout = make_layout(trainable_parameters(model), direction, rank)
         self.directions = Directions(self.layout, run_seed)
         self.memory = memory(model, self.directions)
+        # It may look at the weights, which the memory has by now.
+        self.directions.coverage = cover(selection, model, self.memory)
         self.step = 0
         self._choices: tuple[SignsChoice, HeadChoice] = (signs, head)
         self._loss = loss

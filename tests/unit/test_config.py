@@ -19,7 +19,6 @@ from zoray.config.sections import (
     CausalLMTask,
     ClassificationTask,
     DirectionConfig,
-    LoraConfig,
     ReplicaRange,
     ResidentMemory,
     StreamedMemory,
@@ -357,8 +356,7 @@ def test_changed_names_only_mathematical_keys() -> None:
         ResidentMemory,
         Zero3Memory,
         StreamedMemory,
-        LoraConfig,
-        TrainableLora,
+            TrainableLora,
         ReplicaRange,
     ],
 )

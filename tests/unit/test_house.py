@@ -21,7 +21,7 @@ PACKAGES = ("zoray", "actors", "launch")
 LAYERS = (
     {"errors", "files", "partitioned"},
     {"schedule", "commits", "layout", "digest", "product", "rounding", "stores"},
-    {"config"},
+    {"config", "coverage"},
     {"directions"},
     {"perturb", "update", "ledger"},
     {"loss", "aggregate"},
@@ -29,6 +29,7 @@ LAYERS = (
     {"proof"},
     {"probe"},
     {"memory"},
+    {"selection"},
     {"replica"},
     {"protocol"},
     {"tasks", "runs", "shelf"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from inspect import getdoc
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,12 +16,12 @@ from zoray.config.sections import (
     CausalLMTask,
     ClassificationTask,
     DirectionConfig,
-    LoraConfig,
     ReplicaRange,
     ResidentMemory,
     StreamedMemory,
     Zero3Memory,
 )
+from zoray.config.trainable import BlocksConfig, LoraConfig, PrefixConfig, SparseConfig
 
 _HEAD = """# Configuration
 
@@ -46,6 +47,9 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`task` with `kind: causal_lm`", "task.", CausalLMTask),
     ("`task` with `kind: classification`", "task.", ClassificationTask),
     ("`trainable: {lora: {...}}`", "trainable.lora.", LoraConfig),
+    ("`trainable: {prefix: {...}}`", "trainable.prefix.", PrefixConfig),
+    ("`trainable: {sparse: {...}}`", "trainable.sparse.", SparseConfig),
+    ("`trainable: {blocks: {...}}`", "trainable.blocks.", BlocksConfig),
     ("`direction`", "direction.", DirectionConfig),
     ("`replicas: {min: ..., max: ...}`", "replicas.", ReplicaRange),
     ("`memory` with `kind: resident`", "memory.", ResidentMemory),
@@ -58,7 +62,7 @@ def markdown() -> str:
     """The whole page."""
     parts = [_HEAD]
     for title, prefix, section in _SECTIONS:
-        parts.append(f"\n## {title}\n\n{section.__doc__}\n\n" if prefix else f"\n## {title}\n\n")
+        parts.append(f"\n## {title}\n\n{getdoc(section)}\n\n" if prefix else f"\n## {title}\n\n")
         parts.append("| key | type | default | mathematics | meaning |\n|---|---|---|---|---|\n")
         parts.extend(_rows(section, prefix))
     return "".join(parts)
