@@ -24,6 +24,7 @@ from zoray.config.sections import (
     StreamedMemory,
     Zero3Memory,
 )
+from zoray.config.trainable import BlocksConfig, LoraConfig, PrefixConfig, SparseConfig
 from zoray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,7 +357,11 @@ def test_changed_names_only_mathematical_keys() -> None:
         ResidentMemory,
         Zero3Memory,
         StreamedMemory,
-            TrainableLora,
+        LoraConfig,
+        PrefixConfig,
+        SparseConfig,
+        BlocksConfig,
+        TrainableLora,
         ReplicaRange,
     ],
 )
