@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from zoray.config import PrefixConfig, RunConfig
 from zoray.errors import ModelError
-from zoray.models.trainable import new_modules, peft
-from zoray.models.words import reason
+from zoray.models.trainable import peft, trains
+from zoray.models.words import reason, some
 
 _FINENESS = 8
 """Bits by which the grid that values are rounded to is finer than the largest of its layer."""
@@ -27,7 +27,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_prefix(model: Any, prefix: PrefixConfig, config: RunConfig, new: list[str]) -> nn.Module:
-    """Wraps the model with a prefix, in its own dtype; the modules of `new` parameters are trained with it.
+    """Wraps the model with a prefix, in its own dtype; a classification head of `new` parameters is trained with it.
 
     The prefix of a model on the device "meta" has no values.
 
@@ -35,13 +35,12 @@ def add_prefix(model: Any, prefix: PrefixConfig, config: RunConfig, new: list[st
         model: all of it in this process.
 
     Raises:
-        ModelError: `peft` is not installed, or the model keeps no keys and values of earlier tokens.
+        ModelError: `peft` is not installed, the model keeps no keys and values of earlier tokens, or more is new than
+            `peft` saves beside a prefix.
     """
     library = peft("prefix")
     kind = library.TaskType.CAUSAL_LM if config.task.kind == "causal_lm" else library.TaskType.SEQ_CLS
     settings = library.PrefixTuningConfig(task_type=kind, num_virtual_tokens=prefix.num_virtual_tokens)
-    if new:
-        settings.modules_to_save = new_modules(new)
     there = next(model.parameters()).device.type != "meta"
     try:
         values = _activations(model, prefix.num_virtual_tokens) if there else None
@@ -59,6 +58,12 @@ def add_prefix(model: Any, prefix: PrefixConfig, config: RunConfig, new: list[st
             where="trainable.prefix",
             advice="train this model with lora",
         ) from error
+    if lost := [name for name in new if not trains(wrapped, name)]:
+        raise ModelError(
+            f"The checkpoint {config.model} has no weights for {some(lost)}, which `peft` does not save with a prefix.",
+            where="trainable.prefix",
+            advice="train this model with lora, or begin with a checkpoint that has them",
+        )
     trained: nn.Module = wrapped
     return trained
 

@@ -122,7 +122,7 @@ def add_adapters(model: Any, lora: LoraConfig, config: RunConfig, new: list[str]
         target_modules=lora.target_modules,
         bias=lora.bias,
         task_type=kind,
-        modules_to_save=new_modules(new) or None,
+        modules_to_save=_new_modules(new) or None,
     )
     try:
         wrapped: nn.Module = library.get_peft_model(model, adapters, autocast_adapter_dtype=False)
@@ -136,7 +136,7 @@ def add_adapters(model: Any, lora: LoraConfig, config: RunConfig, new: list[str]
     return wrapped
 
 
-def new_modules(new: list[str]) -> list[str]:
+def _new_modules(new: list[str]) -> list[str]:
     """The outermost modules that hold the new parameters: `classifier` for a head, the path of a pooler."""
     modules = (name.rpartition(".")[0] if ".pooler." in name else name.partition(".")[0] for name in new)
     return list(dict.fromkeys(modules))
