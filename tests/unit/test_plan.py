@@ -21,12 +21,13 @@ from tests.unit.test_architectures import MODELS
 from tests.unit.test_cli import Zoray, zoray
 from zoray.config import MemoryConfig, RunConfig, load
 from zoray.errors import ConfigError, ModelError
-from zoray.models import blank_model, load_model
+from zoray.models import blank_model, load_model, selection
 from zoray.planning import Fit, Machine, Need, Place, Plan, Planner, Work, measure, needs, storage
 from zoray.planning.live import Peak
 from zoray.planning.needs import _LAYOUTS, DEEPSPEED_BYTES, PROCESS_BYTES
 from zoray.proof import Verdict
 from zoray.replica import Replica
+from zoray.selection import SmallWeights
 
 __all__ = ["zoray"]  # a fixture, which nothing here calls by its name
 
@@ -60,7 +61,17 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "classification"])
-@pytest.mark.parametrize("trainable", ["full", "attn", {"lora": {"r": 2, "target_modules": ["c_attn"]}}])
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        "full",
+        "attn",
+        "bias_and_norm",
+        {"lora": {"r": 2, "target_modules": ["c_attn"]}},
+        {"prefix": {}},
+        {"sparse": {"parameters": "attn"}},
+    ],
+)
 def test_a_blank_model_has_the_parameters_of_the_loaded_one(kind: str, trainable: Any, tmp_path: Path) -> None:
     folder = make_model("gpt2", tmp_path)
     config = config_of(folder, kind, trainable=trainable, dtype="bfloat16")
@@ -107,7 +118,10 @@ def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Ve
     """Peaks of a real replica's work."""
     rows, width = config.per_direction_batch_size, config.task.max_length
     model, kind = load_model(config, num_labels=num_labels), config.direction.kind
-    replica = Replica(model, direction=kind, signs=config.signs, head=config.head)
+    chosen = selection(config)
+    with Peak() as peak:
+        replica = Replica(model, direction=kind, signs=config.signs, head=config.head, selection=chosen)
+    start = peak.peak
 
     def batch(count: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(3, 90, (count, width), generator=torch.Generator().manual_seed(1))
@@ -123,7 +137,7 @@ def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Ve
         "evaluation": lambda: replica.evaluate(batch(config.per_device_eval_batch_size)),
         "digest": replica.digest,
     }
-    peaks = {}
+    peaks = {"limits of small weights": start} if isinstance(chosen, SmallWeights) else {}
     for name, do in work.items():
         with Peak() as peak:
             do()
@@ -154,6 +168,12 @@ KEYS: list[dict[str, Any]] = [
     {"direction": {"kind": "rademacher"}},
     {"direction": {"kind": "gaussian"}},
     {"attn_implementation": "eager"},
+    {"trainable": "bias_and_norm"},
+    {"trainable": {"prefix": {"num_virtual_tokens": 5}}},
+    {"trainable": {"sparse": {"sparsity": 0.75}}},
+    {"trainable": {"sparse": {"sparsity": 0.75}}, "dtype": "bfloat16"},
+    {"trainable": {"sparse": {"sparsity": 0.75}}, "direction": {"kind": "rademacher"}},
+    {"trainable": {"blocks": {"count": 2}}},
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -121,11 +122,13 @@ TRAINABLE_TAGS = ("a name", "a lora", "a prefix", "a sparse", "a blocks")
 
 
 def trainable_kind(value: Any) -> str:
-    """The key that says which mapping is meant; the first kind's if none does."""
+    """The key that says which mapping is meant; if none does, the one that is spelt most like it, or the first."""
     if isinstance(value, BaseModel):
         return next(name for name, kind in TRAINABLE_KINDS.items() if isinstance(value, kind))
-    known = [name for name in TRAINABLE_KINDS if isinstance(value, dict) and name in value]
-    return known[0] if known else next(iter(TRAINABLE_KINDS))
+    keys = [str(each) for each in value] if isinstance(value, dict) else []
+    known = [name for name in TRAINABLE_KINDS if name in keys]
+    close = [name for key in keys for name in difflib.get_close_matches(key, TRAINABLE_KINDS, n=1)]
+    return [*known, *close, *TRAINABLE_KINDS][0]
 
 
 def _tag(value: Any) -> str:
