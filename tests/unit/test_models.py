@@ -207,7 +207,8 @@ def test_biases_and_norms_of_other_models(name: str) -> None:
     select(model, "bias_and_norm")
     for each, parameter in model.named_parameters():
         bias = each.endswith("bias") and "relative_attention_bias" not in each
-        assert parameter.requires_grad == (bias or "norm" in each.lower()), each
+        norm = "norm" in each.lower() or ".ln_" in each
+        assert parameter.requires_grad == (bias or norm), each
 
 
 def test_a_new_head_is_trained_beside_biases_and_norms(tmp_path: Path, tiny_model: Any) -> None:

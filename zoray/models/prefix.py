@@ -95,8 +95,9 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _in_float64(model: nn.Module) -> Iterator[None]:
+def _in_float64(model: Any) -> Iterator[None]:
     """Forwards of the model compute in float64; a module's parameters are widened for the time of its call alone."""
+    experts = model.get_experts_implementation()
     before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def widen(module: nn.Module, args: object) -> None:
@@ -114,9 +115,12 @@ def _in_float64(model: nn.Module) -> Iterator[None]:
             hooks.append(module.register_forward_pre_hook(widen))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
+        # The others have kernels for shorter floats alone.
+        model.set_experts_implementation("eager")
         with _Wider():
             yield
     finally:
+        model.set_experts_implementation(experts)
         for hook in hooks:
             hook.remove()
 
