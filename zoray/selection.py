@@ -47,6 +47,9 @@ class Rotation:
 
 Selection = SmallWeights | Rotation
 
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+_PIECE_ELEMENTS = 1 << 19
+
 
 def cover(selection: Selection | None, model: nn.Module, memory: Memory) -> Coverage:
     """What directions move by a selection; everything if there is none.
@@ -93,27 +96,28 @@ def magnitude_limit(shard: Shard, memory: Memory, sparsity: float) -> float | No
         norm): it would tell a weight that was moved from one that was not, rather than a large one from a small one.
     """
     width = shard.values.element_size()
-    kind = {2: torch.int16, 4: torch.int32}[width]
-    magnitudes = shard.values.detach().abs().view(kind)
-    left, below = magnitudes, 0
     low, high = 0, (1 << (8 * width - 1)) - 1
     wanted = shard.spec.numel - floor(sparsity * shard.spec.numel)
     while low < high:
         middle = (low + high) // 2
-        under = left <= middle
-        count = int(under.count_nonzero())
-        if memory.total(below + count) >= wanted:
-            high, dropped = middle, len(left) - count
+        if memory.total(_count_up_to(shard.values, middle)) >= wanted:
+            high = middle
         else:
-            low, dropped = middle + 1, count
-        if 4 * dropped > len(left):
-            # Those that are no longer in question; left in place while they are few.
-            inside = (left >= low) & (left <= high)
-            below += int((left < low).count_nonzero())
-            left = left[inside]
-    limit = float(torch.tensor([low], dtype=kind).view(shard.values.dtype))
-    above = memory.total(int((magnitudes > low).count_nonzero()))
-    return limit if limit > 0 and above else None
+            low = middle + 1
+    limit = float(torch.tensor([low], dtype=_INTEGERS[width]).view(shard.values.dtype))
+    everything = memory.total(_count_up_to(shard.values, low)) == shard.spec.numel
+    return None if limit == 0 or everything else limit
+
+
+def _count_up_to(values: torch.Tensor, most: int) -> int:
+    """How many of the values have a magnitude whose bits are at most `most`; they are gone through piece by piece."""
+    width = values.element_size()
+    bits, unsigned = values.detach().view(_INTEGERS[width]), (1 << (8 * width - 1)) - 1
+    found = 0
+    for start in range(0, len(bits), _PIECE_ELEMENTS):
+        piece = bits[start : start + _PIECE_ELEMENTS].bitwise_and(unsigned)
+        found += int((piece <= most).count_nonzero())
+    return found
 
 
 def _groups(model: nn.Module, specs: Sequence[ParamSpec], count: int) -> dict[str, int]:

@@ -27,7 +27,6 @@ from zoray.planning.live import Peak
 from zoray.planning.needs import _LAYOUTS, DEEPSPEED_BYTES, PROCESS_BYTES
 from zoray.proof import Verdict
 from zoray.replica import Replica
-from zoray.selection import SmallWeights
 
 __all__ = ["zoray"]  # a fixture, which nothing here calls by its name
 
@@ -118,10 +117,7 @@ def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Ve
     """Peaks of a real replica's work."""
     rows, width = config.per_direction_batch_size, config.task.max_length
     model, kind = load_model(config, num_labels=num_labels), config.direction.kind
-    chosen = selection(config)
-    with Peak() as peak:
-        replica = Replica(model, direction=kind, signs=config.signs, head=config.head, selection=chosen)
-    start = peak.peak
+    replica = Replica(model, direction=kind, signs=config.signs, head=config.head, selection=selection(config))
 
     def batch(count: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(3, 90, (count, width), generator=torch.Generator().manual_seed(1))
@@ -137,7 +133,7 @@ def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Ve
         "evaluation": lambda: replica.evaluate(batch(config.per_device_eval_batch_size)),
         "digest": replica.digest,
     }
-    peaks = {"limits of small weights": start} if isinstance(chosen, SmallWeights) else {}
+    peaks = {}
     for name, do in work.items():
         with Peak() as peak:
             do()

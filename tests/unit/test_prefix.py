@@ -106,7 +106,7 @@ def test_perturbed_losses_are_those_of_perturbed_prefixes(name: str, tmp_path: P
     run = config("m", kind, trainable={"prefix": {"num_virtual_tokens": 4}})
     assert not isinstance(run.trainable, str)
     wrapped: Any = add_prefix(model, run.trainable.prefix, run, [])  # type: ignore[union-attr]
-    replica = check(wrapped.eval(), 2e-6)
+    replica = check(wrapped.eval(), 5e-7 if name == "bert" else 2e-6)
     assert WEIGHT in [spec.name for spec in replica.layout.specs]
     assert replica.verdict is not None
     assert (replica.verdict.batched, replica.verdict.chunked) == (batched, chunked), replica.verdict.reasons

@@ -101,8 +101,6 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     with _explained(config), gathering(model, shards) if shards > 1 else nullcontext():
         verdict = _forwards(config, model, directions, counter)
     _updates(config, directions, counter, shards)
-    if directions.coverage.limits:
-        counter.found["limits of small weights"] = max(_limiting(spec, shards) for spec in layout.specs)
     named = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     once = list(model.parameters())
     modules = [_bytes(module.parameters(recurse=False)) for module in model.modules()]
@@ -163,12 +161,6 @@ def _coverage(config: RunConfig, layout: Layout) -> Coverage:
     """What takes as much as any step: groups that take turns are counted as if all were moved."""
     small = isinstance(selection(config), SmallWeights)
     return Coverage(limits={spec.name: 0.0 for spec in layout.specs}) if small else EVERYTHING
-
-
-def _limiting(spec: ParamSpec, shards: int) -> int:
-    """Bytes that finding a parameter's limit takes: its magnitudes, those still in question, and three masks."""
-    width: int = getattr(torch, spec.dtype).itemsize
-    return -(-spec.numel // shards) * (2 * width + 3)
 
 
 def _updates(config: RunConfig, directions: ShadowDirections, counter: _Counter, shards: int) -> None:
