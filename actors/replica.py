@@ -19,7 +19,7 @@ from zoray.errors import ResourceError, ZorayError
 from zoray.identity import Identity, identify, ledger_header
 from zoray.memory.shortage import explain, out_of_memory
 from zoray.memory.world import Meeting, form, lost_touch
-from zoray.models import Make, check_lengths, check_tokens, load_placed, load_tokenizer
+from zoray.models import Make, check_lengths, check_tokens, load_placed, load_tokenizer, selection
 from zoray.partitioned import shape_of
 from zoray.probe import Sign
 from zoray.protocol import (
@@ -129,6 +129,7 @@ class ReplicaActor:
                 head=config.head,
                 estimator=config.estimator,
                 objective=self.task.objective,
+                selection=selection(config),
                 memory=memory,
             )
             self.replica.prove(self._batch(Item(Kind.PROBE, 0)), config.epsilon)

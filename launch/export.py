@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from launch.restore import restore
 from zoray import stores
-from zoray.config import RunConfig, TrainableLora
+from zoray.config import RunConfig, TrainableLora, TrainablePrefix
 from zoray.errors import RunError
 from zoray.models import load_tokenizer
 from zoray.models.source import find, quiet
@@ -33,7 +33,8 @@ def export(run: str, to: Path | str, step: int | None, adapter: bool, output_dir
         run: name or path of the run.
         to: the folder to make, or its URI on an object store, which gets the model's configuration last.
         step: of the weights; by default the last one.
-        adapter: write the adapter of a LoRA run instead of merging it into the base model.
+        adapter: write the adapter of a LoRA run instead of merging it into the base model. A prefix, which cannot be
+            merged, is written so in any case.
         output_dir: folder the runs are in.
 
     Raises:
@@ -42,9 +43,11 @@ def export(run: str, to: Path | str, step: int | None, adapter: bool, output_dir
     stored = isinstance(to, str) and stores.is_uri(to)
     (_require_nothing if stored else _require_empty)(to)
     folder = RunFolder.find(run, output_dir)
-    lora = isinstance(folder.config().trainable, TrainableLora)
-    if adapter and not lora:
+    trainable = folder.config().trainable
+    lora, prefix = isinstance(trainable, TrainableLora), isinstance(trainable, TrainablePrefix)
+    if adapter and not (lora or prefix):
         raise RunError(f"{folder.name} has no adapter.", where="--adapter", advice="leave --adapter out")
+    adapter = adapter or prefix
     restored = restore(run, step, output_dir)
     model: Any = restored.replica.model
     at, digest = restored.replica.step, restored.replica.digest()

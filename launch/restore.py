@@ -100,6 +100,7 @@ def load(config: RunConfig, num_labels: int | None, id2label: dict[int, str] | N
 
 def replica_of(model: nn.Module, config: RunConfig, run_seed: int) -> Replica:
     """A replica of a loaded model, with the directions and paths the configuration asks for."""
+    from zoray.models import selection
     from zoray.replica import Replica
 
     return Replica(
@@ -109,6 +110,7 @@ def replica_of(model: nn.Module, config: RunConfig, run_seed: int) -> Replica:
         rank=config.direction.rank,
         signs=config.signs,
         head=config.head,
+        selection=selection(config),
     )
 
 

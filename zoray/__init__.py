@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zoray.loss import RowLosses
     from zoray.optim import Optimizer, Width
     from zoray.replica import Replica
+    from zoray.selection import Rotation, SmallWeights
 
 __all__ = [
     "Commit",
@@ -23,7 +24,9 @@ __all__ = [
     "Optimizer",
     "ProbeResult",
     "Replica",
+    "Rotation",
     "RowLosses",
+    "SmallWeights",
     "Width",
     "ZorayError",
     "__version__",
@@ -37,7 +40,9 @@ _HOMES = {
     "Optimizer": "zoray.optim",
     "ProbeResult": "zoray.aggregate",
     "Replica": "zoray.replica",
+    "Rotation": "zoray.selection",
     "RowLosses": "zoray.loss",
+    "SmallWeights": "zoray.selection",
     "Width": "zoray.optim",
     "ZorayError": "zoray.errors",
     "commit": "zoray.aggregate",

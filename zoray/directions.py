@@ -11,12 +11,14 @@ z = (1/sqrt(r)) sum_i a_i b_i^T with a, b of signs (Sarkar et al. 2025, EGGROLL;
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from zoray.coverage import EVERYTHING, Coverage
 from zoray.layout import BLOCK_BYTES, Layout, ParamSpec
 
 Bytes = npt.NDArray[np.uint8]
@@ -48,11 +50,30 @@ def unpack_signs(packed: Bytes, count: int) -> npt.NDArray[np.int8]:
 
 
 class Directions:
-    """The directions of one run over one layout."""
+    """The directions of one run over one layout.
 
-    def __init__(self, layout: Layout, run_seed: int) -> None:
+    Args:
+        layout: the parameters they are of.
+        run_seed: 0 <= run_seed < 2^64.
+        coverage: which weights they move. It decides nothing here: who perturbs or updates weights asks it.
+    """
+
+    def __init__(self, layout: Layout, run_seed: int, coverage: Coverage = EVERYTHING) -> None:
         self.layout = layout
         self.run_seed = run_seed
+        self.coverage = coverage
+
+    @property
+    def identity(self) -> str:
+        """Digest (hex) of layout and coverage: equal if and only if two replicas can share a ledger."""
+        covered = self.coverage.identity
+        if not covered:
+            return self.layout.identity
+        return hashlib.sha256(f"{self.layout.identity} {covered}".encode()).hexdigest()[:32]
+
+    def all_groups(self) -> Directions:
+        """The same with all groups of the coverage moved at every step."""
+        return type(self)(self.layout, self.run_seed, self.coverage.all_groups())
 
     def read(self, addresses: Sequence[Address], start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of several directions, shape (len(addresses), stop - start)."""

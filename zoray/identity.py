@@ -29,7 +29,7 @@ class Identity:
         code: digest (hex) of the sources of `zoray`, on which the numbers depend.
         config: digest (hex) of the mathematics of the configuration.
         base: digest (hex) of the base model: all of its weights and buffers, new heads and adapters included.
-        layout: digest (hex) of the trainable parameters' names, shapes and dtypes.
+        layout: digest (hex) of the trainable parameters' names, shapes and dtypes, and of which of them are moved when.
         data: digest (hex) of the tokenised training data.
         verdict: the paths of the forward (see `zoray.proof`).
         objective: what the probes minimise; of a user's function, with a digest of its source.
@@ -73,7 +73,7 @@ class Identity:
 def identify(replica: Replica, data: str, config: RunConfig) -> Identity:
     """The identity of a replica at step 0 whose paths have been proved."""
     assert replica.verdict is not None
-    base, layout = f"{replica.base_digest():016x}", replica.layout.identity
+    base, layout = f"{replica.base_digest():016x}", replica.directions.identity
     code, mathematics, objective = code_digest(), config_digest(config), replica.objective.identity
     return Identity(__version__, code, mathematics, base, layout, data, replica.verdict, objective)
 
@@ -150,7 +150,7 @@ def check_base(header: dict[str, Any], replica: Replica, where: str) -> None:
     Raises:
         LedgerError: the weights or the parameters are not those the run began with.
     """
-    found = {"base": f"{replica.base_digest():016x}", "layout": replica.layout.identity}
+    found = {"base": f"{replica.base_digest():016x}", "layout": replica.directions.identity}
     for field, value in found.items():
         if header["identity"][field] != value:
             raise LedgerError(

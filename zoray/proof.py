@@ -78,7 +78,8 @@ def prove(
             own to its parameters, so that it cannot be perturbed.
     """
     with torch.no_grad():
-        return _prove(model, directions, batch, rows, signs, head, epsilon, loss)
+        # Whatever any step moves is tried, at once.
+        return _prove(model, directions.all_groups(), batch, rows, signs, head, epsilon, loss)
 
 
 def _prove(

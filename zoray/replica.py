@@ -22,6 +22,7 @@ from zoray.objective import Objective
 from zoray.partitioned import holds_buffers, is_partitioned, own_part
 from zoray.probe import Prober, Sign
 from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
+from zoray.selection import Selection, cover
 
 _MASK = (1 << 64) - 1
 
@@ -47,6 +48,8 @@ class Replica:
             (see `zoray.estimators`). All but the first have no two signs, and the last two need all weights here.
         loss: a loss of your own, (model, batch) -> `RowLosses`; by default that of the model's labels.
         objective: what probes minimise and evaluations measure (see `zoray.objective`); by default that loss.
+        selection: move some of the trained weights only: `SmallWeights` (Sparse-MeZO) or `Rotation` (block coordinate
+            descent). It is made from the weights that the model has now, which must be those the run begins with.
         memory: what holds the weights, made of the model and the run's directions. With `Streamed`, of
             `zoray.memory.streamed`, they are brought to the device block by block. With `Zero3`, of
             `zoray.memory.zero3`, each of several processes holds a part of them; all of them must then call the same
@@ -54,7 +57,8 @@ class Replica:
 
     Raises:
         ModelError: nothing to train, or a parameter that cannot be trained.
-        ConfigError: the estimator does not go with the memory, or with `signs`.
+        ConfigError: the estimator does not go with the memory, `signs`, the objective or the selection, or the
+            selection does not suit the model.
     """
 
     def __init__(
@@ -69,12 +73,15 @@ class Replica:
         estimator: EstimatorName = "spsa",
         loss: LossFunction | None = None,
         objective: Objective | None = None,
+        selection: Selection | None = None,
         memory: Callable[[nn.Module, Directions], Memory] = Resident,
     ) -> None:
         self.model = model.eval()
         self.layout = make_layout(trainable_parameters(model), direction, rank)
         self.directions = Directions(self.layout, run_seed)
         self.memory = memory(model, self.directions)
+        # It may look at the weights, which the memory has by now.
+        self.directions.coverage = cover(selection, model, self.memory)
         self.step = 0
         self.objective = objective or Objective()
         self._choices: tuple[SignsChoice, HeadChoice] = (signs if estimator == "spsa" else "sequential", head)
@@ -93,6 +100,12 @@ class Replica:
         if self._kind.differentiates and self.objective.score is not None:
             raise ConfigError(
                 f"Estimator {estimator} takes derivatives, and {self.objective.identity} has none.",
+                where="estimator",
+                advice="use spsa or one_sided",
+            )
+        if self._kind.differentiates and selection is not None:
+            raise ConfigError(
+                f"Estimator {estimator} finds slopes along whole directions, and a selection moves parts of them.",
                 where="estimator",
                 advice="use spsa or one_sided",
             )

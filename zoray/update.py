@@ -4,12 +4,16 @@ S = sum_k c_k z_k is a product of small integers (`product`), delta = round32(et
 W = round(round(decay * W) - delta): separately rounded IEEE operations, never a fused multiply-add. Half-precision
 weights are rounded stochastically (`rounding`). Every element depends on its own address alone, so any split into row
 blocks, flat shards or groups of commits gives the same bits.
+
+Where directions move only some weights (`coverage`), S has terms of those steps only in which the parameter's group is
+moved, and is 0 for a weight whose magnitude, when the commit's step begins, is above the limit. Decay acts on all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -93,7 +97,7 @@ def _blocks(shard: Shard, block_elements: int) -> Iterator[_Block]:
 
 
 class Group:
-    """Consecutive commits with the bits of their directions, ready to be applied to any block of any parameter.
+    """Consecutive commits, ready to be applied to any shard of any parameter.
 
     Args:
         directions: the run's directions.
@@ -101,9 +105,39 @@ class Group:
     """
 
     def __init__(self, directions: Directions, commits: Sequence[Commit]) -> None:
+        self.directions, self._commits = directions, commits
+        self._sums: dict[int | None, _Sums] = {}
+
+    def apply(self, shard: Shard, block_elements: int | None = None) -> None:
+        """Apply all commits of the group to a shard, block by block and in place; no gradients may be recorded."""
+        self._of(shard.spec).apply(shard, block_elements)
+
+    def changes(self, spec: ParamSpec) -> bool:
+        """Whether any of the commits may change a weight of the parameter."""
+        return bool(self._of(spec).commits)
+
+    def _of(self, spec: ParamSpec) -> _Sums:
+        """The commits as they are for all parameters that are moved at the same steps."""
+        group = self.directions.coverage.group(spec)
+        if group not in self._sums:
+            self._sums[group] = _Sums(self.directions, self._commits, group)
+        return self._sums[group]
+
+
+class _Sums:
+    """Consecutive commits with the bits of those of their directions that move a group of parameters.
+
+    Args:
+        directions, commits: see `Group`.
+        group: number of the group; None for parameters that are moved at every step.
+    """
+
+    def __init__(self, directions: Directions, commits: Sequence[Commit], group: int | None) -> None:
         self.directions = directions
-        self.commits = [c for c in commits if c.eta != 0.0 or c.decay != 1.0]
-        terms = [[t for t in c.terms if t[2] != 0] for c in self.commits]
+        touches = partial(directions.coverage.touches, group)
+        moving = [(c, [t for t in c.terms if t[2] != 0 and touches(t[0])]) for c in commits]
+        moving = [(c, terms) for c, terms in moving if (terms and c.eta != 0.0) or c.decay != 1.0]
+        self.commits, terms = [c for c, _ in moving], [terms for _, terms in moving]
         self.addresses = [(step, index) for term in terms for step, index, _ in term]
         self.coefficients = np.array([c for term in terms for *_, c in term], dtype=np.int8)
         borders = np.cumsum([0, *map(len, terms)])
@@ -113,7 +147,7 @@ class Group:
         self._packed = directions.read(self.addresses, 0, total) if fits else None
 
     def apply(self, shard: Shard, block_elements: int | None = None) -> None:
-        """Apply all commits of the group to a shard, block by block and in place; no gradients may be recorded."""
+        """Apply the commits to a shard of a parameter of the group; see `Group`."""
         if not self.commits:
             return
         spec, device = shard.spec, shard.values.device
@@ -123,9 +157,11 @@ class Group:
         if self.directions.layout.kind == "gaussian":
             for block in _blocks(shard, block_elements):
                 for commit, eta, terms in zip(self.commits, etas, self.ranges, strict=True):
-                    _step(block, commit, eta, self._normal_sum(terms, block), self.directions.run_seed)
+                    _step(block, commit, eta, self._normal_sum(terms, block), self.directions)
             return
-        single = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
+        limited = spec.name in self.directions.coverage.limits
+        one_each = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
+        single = one_each and not limited
         dtype = torch.float32 if single else factor_dtype(device)
         right = None
         if spec.rank:
@@ -139,7 +175,7 @@ class Group:
             if single:
                 updates = self._outer(left, across, etas)
             for commit, eta, update in zip(self.commits, etas, updates, strict=True):
-                _step(block, commit, eta, update, self.directions.run_seed)
+                _step(block, commit, eta, update, self.directions)
 
     def _bytes(self, start: int, stop: int) -> Bytes:
         if self._packed is not None:
@@ -199,18 +235,21 @@ def _factor(signs: Signs, device: torch.device, dtype: torch.dtype) -> torch.Ten
     return torch.from_numpy(signs).flatten(0, 1).to(device, dtype)
 
 
-def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Outer, run_seed: int) -> None:
-    """One commit on one block; `update` is S, or the two factors of -eta S."""
+def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Outer, directions: Directions) -> None:
+    """One commit on one block; `update` is S, or the two factors of -eta S if all of the block's weights are moved."""
     values, spec = block.values, block.spec
     exact = values.float()  # the weights themselves where they are float32
+    # Before anything is done to them: the probes saw these.
+    mask = directions.coverage.mask(spec, exact)
     if commit.decay != 1.0:
         exact.mul_(commit.decay)
     if isinstance(update, torch.Tensor):
-        exact.sub_(_float32(update).mul_(eta))
+        change = _float32(update).mul_(eta)
+        exact.sub_(change if mask is None else change.mul_(mask))
     else:
         exact.addcmul_(*update)
     if values.dtype != torch.float32:
-        key = rounding_key(run_seed, commit.step, spec.name)
+        key = rounding_key(directions.run_seed, commit.step, spec.name)
         values.copy_(stochastic_round(exact, values.dtype, key, block.row * spec.cols + block.col))
 
 

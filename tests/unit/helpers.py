@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +28,16 @@ def directions_for(
 
 
 def really_perturbed(model: nn.Module, replica: Replica, step: int, index: int, shift: float) -> nn.Module:
-    """A copy of the model whose weights are theta + shift z."""
+    """A copy of the model whose weights are theta + shift z, as far as the step moves them."""
     twin = copy.deepcopy(model)
     parameters = trainable_parameters(twin)
+    coverage = replica.directions.coverage
     with torch.no_grad():
         for spec in replica.layout.specs:
+            if coverage.groups.get(spec.name) not in (None, step // coverage.steps % coverage.count):
+                continue
             z = replica.directions.dense((step, index), spec)
+            z[parameters[spec.name].float().abs() > coverage.limits.get(spec.name, math.inf)] = 0
             parameters[spec.name].copy_(parameters[spec.name].float() + shift * z)
     return twin
 

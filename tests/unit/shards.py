@@ -40,6 +40,7 @@ from zoray.memory.world import form
 from zoray.memory.zero3 import Sharding, Zero3, partitioned_loading
 from zoray.models import load_model
 from zoray.replica import Replica
+from zoray.selection import Rotation, Selection, SmallWeights
 from zoray.snapshot import load_newest, save
 from zoray.update import Shard
 
@@ -111,8 +112,8 @@ class World:
     def here(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: values.to(self.device) for name, values in batch.items()}
 
-    def replica(self, model: nn.Module, rank: int = 1, **options: Any) -> Replica:
-        return Replica(model, 7, rank=rank, memory=partial(self.memory, **options))
+    def replica(self, model: nn.Module, rank: int = 1, selection: Selection | None = None, **options: Any) -> Replica:
+        return Replica(model, 7, rank=rank, selection=selection, memory=partial(self.memory, **options))
 
     def everyone(self, value: Any) -> list[Any]:
         """The value each process has."""
@@ -234,6 +235,23 @@ def probes(world: World) -> None:
         for mine, theirs in zip(model.buffers(), twin.buffers(), strict=True):
             assert torch.equal(mine.to(world.device), theirs) and mine.dtype == theirs.dtype
         _steps(world, world.replica(model), Replica(twin, 7), steps=3 if kind == "gpt2" else 2)
+
+
+def selections(world: World) -> None:
+    """Every memory finds the same limits and groups, and moves the same weights."""
+    for selection in (SmallWeights(0.7), Rotation(2, 1)):
+        for dtype in DTYPES:
+            make = partial(Odd, getattr(torch, dtype))
+            resident, sharded = Replica(make(), 7, selection=selection), world.replica(make(), selection=selection)
+            assert sharded.directions.coverage == resident.directions.coverage
+            assert sharded.directions.identity == resident.directions.identity != resident.layout.identity
+            resident.apply(COMMITS)
+            for each in COMMITS:
+                sharded.apply(each)
+            assert_same(world, sharded, resident)
+        for kind, dtype in (("gpt2", "float32"), ("llama", "bfloat16")):
+            twin = Replica(loaded(world.models / kind, dtype), 7, selection=selection)
+            _steps(world, world.replica(world.load(kind, dtype), selection=selection), twin)
 
 
 def every_path(world: World) -> None:
@@ -570,7 +588,7 @@ def files(world: World) -> None:
 
 Check = Callable[[World], None]
 
-CONTRACT: tuple[Check, ...] = (updates, snapshots, storage_that_fails, probes)
+CONTRACT: tuple[Check, ...] = (updates, snapshots, storage_that_fails, probes, selections)
 WORLDS: dict[tuple[str, int], tuple[Check, ...]] = {
     ("zero3", 4): (*CONTRACT, peak),
     ("zero3", 3): CONTRACT,

@@ -14,6 +14,7 @@ from torch import nn
 from tests.unit.helpers import really_perturbed
 from zoray.errors import ModelError
 from zoray.replica import Replica
+from zoray.selection import Rotation, Selection, SmallWeights
 
 TEXT = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -184,6 +185,16 @@ def test_perturbed_losses_are_those_of_perturbed_weights(name: str, tmp_path: Pa
     said = " ".join(replica.verdict.reasons)
     assert ("two forwards per probe" in said) == (not batched)
     assert ("in one piece" in said) == (language and not chunked)
+
+
+@pytest.mark.parametrize("selection", [SmallWeights(0.6), Rotation(2, 4)], ids=["small", "blocks"])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_are_not_moved_are_not_perturbed(name: str, selection: Selection, tmp_path: Path) -> None:
+    """The paths are those that all weights take."""
+    make, batched, chunked = MODELS[name]
+    replica = check(load(make, tmp_path), 5e-6, selection=selection)
+    assert replica.verdict is not None
+    assert (replica.verdict.batched, replica.verdict.chunked) == (batched, chunked), replica.verdict.reasons
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,13 @@ from zoray.config import (
 from zoray.config.docs import markdown
 from zoray.config.sections import (
     DirectionConfig,
-    LoraConfig,
     ReplicaRange,
     ResidentMemory,
     StreamedMemory,
     Zero3Memory,
 )
 from zoray.config.tasks import CausalLMTask, ClassificationTask
+from zoray.config.trainable import BlocksConfig, LoraConfig, PrefixConfig, SparseConfig
 from zoray.config.worded import GenerationTask, MultipleChoiceTask, PromptedTask
 from zoray.errors import ConfigError
 
@@ -138,6 +138,10 @@ def test_fault_of_an_override_is_placed_on_the_command_line(file: Path) -> None:
         ("direction: {knd: rank}", "direction.knd", "direction.kind"),
         ("trainable: {lora: {alpha: 2}}", "trainable.lora.alpha", "trainable.lora.lora_alpha"),
         ("trainable: {lara: {}}", "trainable.lara", "trainable.lora"),
+        ("trainable: {prefix: {num_tokens: 2}}", "trainable.prefix.num_tokens", "trainable.prefix.num_virtual_tokens"),
+        ("trainable: {sparse: {spars: 0.5}}", "trainable.sparse.spars", "trainable.sparse.sparsity"),
+        ("trainable: {blocks: {count: 2, step: 3}}", "trainable.blocks.step", "trainable.blocks.steps"),
+        ("trainable: {block: {}}", "trainable.block", "trainable.blocks"),
         ("direction: {seed: 1}", "direction.seed", "seed"),
     ],
 )
@@ -202,6 +206,12 @@ def test_unknown_key_like_no_other_lists_the_keys(file: Path) -> None:
         ("task={kind: causal_lm}", ["task.train is missing"]),
         ("trainable=(", ["not a regular expression", "trainable"]),
         ("trainable=lora", ["{lora: {r: 8}}"]),
+        ("trainable=sparse", ["sparse: {sparsity: 0.75}"]),
+        ("trainable={sparse: {sparsity: 1}}", ["trainable.sparse.sparsity is 1"]),
+        ("trainable={sparse: {parameters: '('}}", ["not a regular expression"]),
+        ("trainable={blocks: {}}", ["trainable.blocks.count is missing"]),
+        ("trainable={blocks: {count: 1}}", ["trainable.blocks.count is 1"]),
+        ("trainable={lora: {}, sparse: {}}", ["There is no key trainable.sparse"]),
         ("trainable=3", ["trainable is 3"]),
         ("trainable={lora: {target_modules: 3}}", ["trainable.lora.target_modules is 3"]),
         ("run_name=a/b", ["run_name is 'a/b'", "pattern"]),
@@ -290,6 +300,7 @@ def test_the_task_of_the_design(file: Path) -> None:
         (["estimator=backprop", "head=chunked"], ["head in one piece", "Leave head out"]),
         (["estimator=backprop", "memory={kind: streamed}"], ["all in one place", "memory.kind is streamed"]),
         (["estimator=forward_gradient", "memory={kind: zero3, shards: 2}"], ["memory.kind is zero3", "one_sided"]),
+        (["trainable={prefix: {}}", "memory={kind: zero3, shards: 2}"], ["trainable", "real tokens", "lora"]),
     ],
 )
 def test_contradictions(file: Path, overrides: list[str], words: list[str]) -> None:
@@ -414,6 +425,11 @@ def test_what_counts_as_mathematics() -> None:
     for key in ("replicas", "threads_per_replica", "eval_steps", "task.eval", "output_dir", "memory.kind", "max_steps"):
         assert key not in flat
     assert mathematics(config(trainable={"lora": {}}))["trainable.lora.r"] == 8
+    assert mathematics(config(trainable={"prefix": {}}))["trainable.prefix.num_virtual_tokens"] == 5
+    sparse = mathematics(config(trainable={"sparse": {}}))
+    assert (sparse["trainable.sparse.sparsity"], sparse["trainable.sparse.parameters"]) == (0.75, "full")
+    blocks = mathematics(config(trainable={"blocks": {"count": 3}}))
+    assert (blocks["trainable.blocks.count"], blocks["trainable.blocks.steps"]) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -458,6 +474,9 @@ def test_changed_names_only_mathematical_keys() -> None:
         Zero3Memory,
         StreamedMemory,
         LoraConfig,
+        PrefixConfig,
+        SparseConfig,
+        BlocksConfig,
         TrainableLora,
         ReplicaRange,
     ],

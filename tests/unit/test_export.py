@@ -113,6 +113,32 @@ def test_lora_as_an_adapter(lora: BuiltRun, tmp_path: Path) -> None:
     same_bits(peft.PeftModel.from_pretrained(base, tmp_path / "out"), lora.model)
 
 
+@pytest.mark.parametrize(
+    ("model", "kind", "dtype"),
+    [("llama", "causal_lm", "bfloat16"), ("gpt2", "causal_lm", "float32"), ("bert", "classification", "float32")],
+)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_prefix_is_an_adapter(tmp_path: Path, model: str, kind: str, dtype: str, adapter: bool) -> None:
+    import peft
+    import transformers
+
+    keys: dict[str, Any] = {"dtype": dtype, "trainable": {"prefix": {"num_virtual_tokens": 3}}, "learning_rate": 1.0}
+    run = build_run(tmp_path, model, kind, max_steps=2, epsilon=0.1, **keys)
+    assert run.digests[2] != run.digests[0]
+    export("tiny", tmp_path / "out", None, adapter, run.output_dir)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    auto: Any = transformers.AutoModelForCausalLM
+    auto = auto if kind == "causal_lm" else transformers.AutoModelForSequenceClassification
+    base = auto.from_pretrained(run.config.model, dtype=getattr(torch, dtype))
+    found: Any = peft.PeftModel.from_pretrained(base, tmp_path / "out", autocast_adapter_dtype=False).eval()
+    learnt = run.model.get_parameter("prompt_encoder.default.embedding.weight")
+    assert torch.equal(found.get_parameter("prompt_encoder.default.embedding.weight"), learnt)
+    ids = torch.tensor([[6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = run.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert torch.equal(found(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, expected)
+
+
 def test_an_adapter_of_a_run_without_one(built: BuiltRun, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no adapter"):
         export("tiny", tmp_path / "out", None, True, built.output_dir)

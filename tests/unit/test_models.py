@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.test_architectures import MODELS
 from zoray.config import RunConfig
 from zoray.errors import ConfigError, ModelError, ZorayError
 from zoray.models import check_lengths, check_tokens, load_model, load_tokenizer, max_positions
+from zoray.models.trainable import select
 from zoray.tasks import load_task
 
 DECODERS = ["gpt2", "opt", "llama", "qwen3", "gemma", "mistral", "mixtral"]
@@ -77,7 +79,7 @@ def test_names_of_a_trained_classifier_are_kept(tmp_path: Path, tiny_model: Any)
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("what", ["full", {"lora": {"r": 2, "target_modules": "all-linear"}}])
+@pytest.mark.parametrize("what", ["full", {"lora": {"r": 2, "target_modules": "all-linear"}}, {"prefix": {}}])
 def test_memory_is_aligned_contiguous_and_of_the_dtype(
     tmp_path: Path, tiny_model: Any, kind: str, dtype: str, what: Any
 ) -> None:
@@ -175,6 +177,54 @@ def test_a_pattern_that_matches_nothing(tmp_path: Path, tiny_model: Any) -> None
     message = refused(config(tiny_model("gpt2", tmp_path), trainable="encoder"), ConfigError)
     assert "'encoder' matches none" in message
     assert "transformer.wte.weight" in message
+
+
+BIASES_AND_NORMS = {
+    "gpt2": ("attn.c_attn.bias", "ln_1.weight", "ln_f.bias"),
+    "opt": ("self_attn.q_proj.bias", "self_attn_layer_norm.weight", "final_layer_norm.bias"),
+    "llama": ("input_layernorm.weight", "model.norm.weight"),
+    "qwen3": ("q_norm.weight", "post_attention_layernorm.weight"),
+    "gemma": ("input_layernorm.weight",),
+    "mixtral": ("input_layernorm.weight",),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES_AND_NORMS)
+def test_biases_and_norms_are_told_by_their_modules(tmp_path: Path, tiny_model: Any, kind: str) -> None:
+    model = load_model(config(tiny_model(kind, tmp_path), trainable="bias_and_norm"))
+    names = trainable(model)
+    for ending in BIASES_AND_NORMS[kind]:
+        assert any(name.endswith(ending) for name in names), ending
+    for name, parameter in model.named_parameters():
+        # These models have no other vectors.
+        assert parameter.requires_grad == (parameter.dim() == 1), name
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "bert", "gpt-oss", "falcon", "mpnet"])
+def test_biases_and_norms_of_other_models(name: str) -> None:
+    """A table of T5's or MPNet's is called a bias and is none; biases of experts are matrices."""
+    model = MODELS[name][0]()
+    select(model, "bias_and_norm")
+    for each, parameter in model.named_parameters():
+        bias = each.endswith("bias") and "relative_attention_bias" not in each
+        norm = "norm" in each.lower() or ".ln_" in each
+        assert parameter.requires_grad == (bias or norm), each
+
+
+def test_a_new_head_is_trained_beside_biases_and_norms(tmp_path: Path, tiny_model: Any) -> None:
+    names = trainable(load_model(config(tiny_model("gpt2", tmp_path), "classification", trainable="bias_and_norm")))
+    assert "score.weight" in names and "transformer.h.0.attn.c_attn.weight" not in names
+    sparse = {"sparse": {"parameters": "bias_and_norm"}}
+    assert trainable(load_model(config(tmp_path / "gpt2", "classification", trainable=sparse))) == names
+    blocks = {"blocks": {"count": 2, "parameters": "c_attn"}}
+    assert all("c_attn" in name for name in trainable(load_model(config(tmp_path / "gpt2", trainable=blocks))))
+    message = refused(config(tmp_path / "gpt2", trainable={"blocks": {"count": 2, "parameters": "no"}}), ConfigError)
+    assert "trainable.blocks.parameters" in message
+
+
+def test_a_model_without_biases_and_norms() -> None:
+    with pytest.raises(ConfigError, match="neither biases nor norms"):
+        select(nn.Sequential(nn.Linear(2, 2, bias=False)), "bias_and_norm")
 
 
 @pytest.mark.parametrize(("kind", "modules"), [("gpt2", ["c_attn"]), ("llama", ["q_proj", "v_proj"]), ("opt", None)])

@@ -17,13 +17,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from tests.unit.helpers import bits, really_perturbed
-from zoray.perturb import Active, Engine, NotBatchable, Rows, Signs, find_rows
+from zoray.perturb import Active, Engine, NotBatchable, Rows, Signs, find_rows, linear
 from zoray.perturb.embedding import EmbeddingLayer
 from zoray.perturb.linear import LinearLayer
 from zoray.perturb.norm import NormLayer
 from zoray.perturb.rows import Fixed, RowRule, mapped
 from zoray.perturb.swap import SwappedModule
 from zoray.replica import Replica
+from zoray.selection import Rotation, Selection, SmallWeights
 
 ROWS, EPSILON = 3, 0.05
 
@@ -115,10 +116,14 @@ def perturbed_copies(replica: Replica, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("selection", [None, SmallWeights(0.6)], ids=["all", "small"])
 @pytest.mark.parametrize("options", [{}, {"rank": 2}, {"direction": "rademacher"}, {"direction": "gaussian"}])
-def test_a_layer_is_perturbed_as_if_its_weights_were(name: str, options: dict[str, Any]) -> None:
+def test_a_layer_is_perturbed_as_if_its_weights_were(
+    name: str, options: dict[str, Any], selection: SmallWeights | None
+) -> None:
     make, x, kind = LAYERS[name]
-    replica = Replica(random(make), run_seed=0, **options)
+    replica = Replica(random(make), run_seed=0, selection=selection, **options)
+    assert bool(replica.directions.coverage.limits) == (selection is not None)
     if not options and not any(replica.model.children()):
         assert isinstance(Engine(replica.model, replica.layout).handlers[replica.model], kind)
     before = {key: (id(p), bits(p)) for key, p in replica.model.named_parameters()}
@@ -152,9 +157,10 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize("length", [1, 2, 5, 2 * ROWS, 7, 4 * ROWS])
 @pytest.mark.parametrize("unsqueeze", [True, False])
-def test_what_is_broadcast_gets_both_signs(unsqueeze: bool, length: int) -> None:
+@pytest.mark.parametrize("selection", [None, SmallWeights(0.5), Rotation(3, 1), Rotation(4, 3)])
+def test_what_is_broadcast_gets_both_signs(unsqueeze: bool, length: int, selection: Selection | None) -> None:
     """Also where the number of positions is that of the rows, or a multiple of it."""
-    replica = Replica(random(lambda: Positions(unsqueeze)))
+    replica = Replica(random(lambda: Positions(unsqueeze)), selection=selection)
     expected = torch.cat(perturbed_copies(replica, tokens(length)))
     found = rows_of(replica, tokens(5))
     assert {fixed.module: fixed.shape for fixed in found.fixed} == {
@@ -176,8 +182,9 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("signs", [Signs.BOTH, Signs.PLUS])
-def test_a_tied_weight_has_one_direction(signs: Signs) -> None:
-    replica = Replica(random(Tied))
+@pytest.mark.parametrize("selection", [None, SmallWeights(0.7)])
+def test_a_tied_weight_has_one_direction(signs: Signs, selection: Selection | None) -> None:
+    replica = Replica(random(Tied), selection=selection)
     assert [spec.name for spec in replica.layout.specs] == ["embed.weight"]
     plus, minus = perturbed_copies(replica, tokens(5))
     expected = torch.cat([plus, minus]) if signs is Signs.BOTH else plus
@@ -223,6 +230,53 @@ class Pairs(nn.Module):
         table = torch.arange(float(length * length)).view(length, length).sin()
         out: torch.Tensor = self.inner(x, table, scale=torch.tensor(0.5))["x"]
         return out
+
+
+def test_pieces_of_a_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some weights are moved, a matrix is perturbed a few output features at a time; each sees its own signs."""
+    for make in (lambda: nn.Linear(8, 13), lambda: Conv1D(13, 8)):
+        replica = Replica(random(make), selection=SmallWeights(0.5))
+        x = floats(5, 8)
+        expected = torch.cat(perturbed_copies(replica, x))
+        for elements in (1, 8 * 5, 8 * 13):
+            monkeypatch.setattr(linear, "_PIECE_ELEMENTS", elements)
+            torch.testing.assert_close(run(replica, x, Signs.BOTH), expected, atol=2e-6, rtol=2e-5)
+
+
+class Counts(nn.Module):
+    """Owns a parameter and calls another module, once for each sign if it is swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner, self.after = nn.Parameter(torch.randn(8)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.inner(x * self.weight))
+
+
+def test_how_often_a_module_is_called_does_not_depend_on_the_step() -> None:
+    replica = Replica(random(Counts), selection=Rotation(3, 1))
+    calls: list[int] = []
+    replica.model.inner.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(3):
+        calls.clear()
+        active = Active(replica.directions, step, 0, EPSILON, Signs.BOTH, 2 * ROWS)
+        x = floats(8)
+        with torch.no_grad():
+            expected = [really_perturbed(replica.model, replica, step, 0, s * EPSILON)(x) for s in (1, -1)]
+            calls.clear()
+            with Engine(replica.model, replica.layout).perturbed(active):
+                found = replica.model(torch.cat([x, x]))
+        torch.testing.assert_close(found, torch.cat(expected), atol=2e-6, rtol=2e-5)
+        assert len(calls) == 2
+
+
+def test_what_a_step_does_not_move_is_left_alone() -> None:
+    replica = Replica(random(lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))), selection=Rotation(2, 5))
+    for step, moved in ((0, 0), (4, 0), (5, 1), (9, 1), (10, 0)):
+        active = Active(replica.directions, step, 0, EPSILON, Signs.BOTH, 2 * ROWS)
+        with Engine(replica.model, replica.layout).perturbed(active):
+            assert ["forward" in module.__dict__ for module in replica.model] == [moved == 0, moved == 1]
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 2 * ROWS, 4 * ROWS])
@@ -493,7 +547,11 @@ def test_a_norm_of_ones_is_perturbed_in_float32(dtype: torch.dtype, kind: type[n
                 outputs.append(replica.model(x))
     assert outputs[0].dtype == dtype
     (spec,) = (spec for spec in replica.layout.specs if spec.name == "weight")
-    moved = ((outputs[0].double() - outputs[1].double()) * active.noise(spec) * x.double().sign()).mean()
+    moved = (
+        (outputs[0].double() - outputs[1].double())
+        * active.noise(spec, replica.model.weight.float())
+        * x.double().sign()
+    ).mean()
     # Each output is rounded, but on average they move by 2 epsilon E|x|.
     assert float(moved) == pytest.approx(4e-4 * (2 / math.pi) ** 0.5, rel=0.2)
 

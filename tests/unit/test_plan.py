@@ -22,7 +22,7 @@ from tests.unit.test_cli import Zoray, zoray
 from zoray import product
 from zoray.config import DIFFERENTIATING, MemoryConfig, RunConfig, load
 from zoray.errors import ConfigError, ModelError
-from zoray.models import blank_model, load_model
+from zoray.models import blank_model, load_model, selection
 from zoray.planning import Fit, Machine, Need, Place, Plan, Planner, Work, measure, needs, storage
 from zoray.planning.live import Peak
 from zoray.planning.needs import _LAYOUTS, DEEPSPEED_BYTES, PROCESS_BYTES
@@ -61,7 +61,17 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "classification"])
-@pytest.mark.parametrize("trainable", ["full", "attn", {"lora": {"r": 2, "target_modules": ["c_attn"]}}])
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        "full",
+        "attn",
+        "bias_and_norm",
+        {"lora": {"r": 2, "target_modules": ["c_attn"]}},
+        {"prefix": {}},
+        {"sparse": {"parameters": "attn"}},
+    ],
+)
 def test_a_blank_model_has_the_parameters_of_the_loaded_one(kind: str, trainable: Any, tmp_path: Path) -> None:
     folder = make_model("gpt2", tmp_path)
     config = config_of(folder, kind, trainable=trainable, dtype="bfloat16")
@@ -108,7 +118,14 @@ def taken(config: RunConfig, num_labels: int | None) -> tuple[dict[str, int], Ve
     """Peaks of a real replica's work."""
     rows, width = config.per_direction_batch_size, config.task.max_length
     model, kind = load_model(config, num_labels=num_labels), config.direction.kind
-    replica = Replica(model, direction=kind, signs=config.signs, head=config.head, estimator=config.estimator)
+    replica = Replica(
+        model,
+        direction=kind,
+        signs=config.signs,
+        head=config.head,
+        estimator=config.estimator,
+        selection=selection(config),
+    )
 
     def batch(count: int, seed: int = 1) -> dict[str, torch.Tensor]:
         ids = torch.randint(3, 90, (count, width), generator=torch.Generator().manual_seed(seed))
@@ -160,6 +177,12 @@ KEYS: list[dict[str, Any]] = [
     {"estimator": "forward_gradient", "dtype": "bfloat16", "direction": {"kind": "rademacher"}},
     {"estimator": "backprop"},
     {"estimator": "backprop", "dtype": "bfloat16"},
+    {"trainable": "bias_and_norm"},
+    {"trainable": {"prefix": {"num_virtual_tokens": 5}}},
+    {"trainable": {"sparse": {"sparsity": 0.75}}},
+    {"trainable": {"sparse": {"sparsity": 0.75}}, "dtype": "bfloat16"},
+    {"trainable": {"sparse": {"sparsity": 0.75}}, "direction": {"kind": "rademacher"}},
+    {"trainable": {"blocks": {"count": 2}}},
 ]
 
 

@@ -212,7 +212,7 @@ def test_single_terms_give_the_bits_of_a_product(monkeypatch: pytest.MonkeyPatch
         directions = directions_for(tensors)
         singles = [commit_of(s, coefficients(1, s)) for s in range(3)]
         alone = apply(directions, tensors, singles)
-        monkeypatch.setattr("zoray.update.Group._outer", None)
+        monkeypatch.setattr("zoray.update._Sums._outer", None)
         beside = apply(directions, tensors, [*singles, commit_of(3, [0, 1, -1], eta=0.0, decay=0.5)])
         monkeypatch.undo()
         assert_same(apply(directions, alone, [commit_of(3, [0, 1, -1], eta=0.0, decay=0.5)]), beside)

@@ -58,6 +58,10 @@ def cut(folder: RunFolder, count: int, *, head: bool = True) -> None:
     [
         ("gpt2", {"dtype": "bfloat16"}),
         ("llama", {"direction": {"kind": "rademacher"}, "seed": 9}),
+        ("gpt2", {"trainable": "bias_and_norm"}),
+        ("llama", {"trainable": {"prefix": {"num_virtual_tokens": 2}}, "epsilon": 0.1}),
+        ("opt", {"trainable": {"sparse": {"sparsity": 0.6}}, "dtype": "bfloat16"}),
+        ("gpt2", {"trainable": {"blocks": {"count": 2, "steps": 2}}}),
         ("llama", {"direction": {"rank": 3}, "trainable": {"lora": {"r": 2, "target_modules": ["q_proj"]}}}),
     ],
 )

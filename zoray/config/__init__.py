@@ -14,18 +14,30 @@ from zoray.config.schema import RunConfig, TrackerName
 from zoray.config.sections import (
     CellKind,
     DirectionConfig,
-    LoraConfig,
     MemoryConfig,
     ResidentMemory,
     StreamedMemory,
-    TrainableLora,
     Zero3Memory,
 )
 from zoray.config.tasks import CausalLMTask, ClassificationTask, TaskConfig
+from zoray.config.trainable import (
+    BIAS_AND_NORM,
+    BlocksConfig,
+    LoraConfig,
+    PrefixConfig,
+    SparseConfig,
+    Trainable,
+    TrainableBlocks,
+    TrainableLora,
+    TrainablePrefix,
+    TrainableSparse,
+)
 from zoray.config.worded import GenerationTask, MultipleChoiceTask, PromptedTask, WordedTask
 
 __all__ = [
+    "BIAS_AND_NORM",
     "DIFFERENTIATING",
+    "BlocksConfig",
     "CausalLMTask",
     "CellKind",
     "ClassificationTask",
@@ -36,13 +48,19 @@ __all__ = [
     "MemoryConfig",
     "MultipleChoiceTask",
     "OptimizerConfig",
+    "PrefixConfig",
     "PromptedTask",
     "ResidentMemory",
     "RunConfig",
+    "SparseConfig",
     "StreamedMemory",
     "TaskConfig",
     "TrackerName",
+    "Trainable",
+    "TrainableBlocks",
     "TrainableLora",
+    "TrainablePrefix",
+    "TrainableSparse",
     "WordedTask",
     "Zero3Memory",
     "changed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from inspect import getdoc
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,13 +15,13 @@ from zoray.config.optimizer import OptimizerConfig
 from zoray.config.schema import RunConfig
 from zoray.config.sections import (
     DirectionConfig,
-    LoraConfig,
     ReplicaRange,
     ResidentMemory,
     StreamedMemory,
     Zero3Memory,
 )
 from zoray.config.tasks import CausalLMTask, ClassificationTask
+from zoray.config.trainable import BlocksConfig, LoraConfig, PrefixConfig, SparseConfig
 from zoray.config.worded import GenerationTask, MultipleChoiceTask, PromptedTask
 
 _HEAD = """# Configuration
@@ -50,6 +51,9 @@ _SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("`task` with `kind: multiple_choice`", "task.", MultipleChoiceTask),
     ("`task` with `kind: generation`", "task.", GenerationTask),
     ("`trainable: {lora: {...}}`", "trainable.lora.", LoraConfig),
+    ("`trainable: {prefix: {...}}`", "trainable.prefix.", PrefixConfig),
+    ("`trainable: {sparse: {...}}`", "trainable.sparse.", SparseConfig),
+    ("`trainable: {blocks: {...}}`", "trainable.blocks.", BlocksConfig),
     ("`optimizer`", "optimizer.", OptimizerConfig),
     ("`direction`", "direction.", DirectionConfig),
     ("`replicas: {min: ..., max: ...}`", "replicas.", ReplicaRange),
@@ -63,7 +67,7 @@ def markdown() -> str:
     """The whole page."""
     parts = [_HEAD]
     for title, prefix, section in _SECTIONS:
-        parts.append(f"\n## {title}\n\n{section.__doc__}\n\n" if prefix else f"\n## {title}\n\n")
+        parts.append(f"\n## {title}\n\n{getdoc(section)}\n\n" if prefix else f"\n## {title}\n\n")
         parts.append("| key | type | default | mathematics | meaning |\n|---|---|---|---|---|\n")
         parts.extend(_rows(section, prefix))
     return "".join(parts)

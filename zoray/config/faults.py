@@ -16,10 +16,10 @@ from zoray.config.sections import (
     ReplicaRange,
     ResidentMemory,
     StreamedMemory,
-    TrainableLora,
     Zero3Memory,
 )
 from zoray.config.tasks import TASKS, task_tag
+from zoray.config.trainable import TRAINABLE_KINDS, TRAINABLE_TAGS, trainable_kind
 from zoray.config.yaml12 import Document
 from zoray.errors import ConfigError
 
@@ -29,7 +29,8 @@ _KINDS: dict[str, dict[str, type[BaseModel]]] = {
 }
 """Sections whose keys depend on their `kind`; the first is taken where that is not given."""
 
-_TAGS = (*(kind for kinds in _KINDS.values() for kind in kinds), "name", "mapping", "list", "str", "list[str]")
+_TAGS = (*(kind for kinds in _KINDS.values() for kind in kinds), *TRAINABLE_TAGS, "name", "mapping", "list", "str",
+         "list[str]")  # fmt: skip
 """Elements pydantic puts into the place of an error for members of a union; they are no keys of the file."""
 
 _OTHER_NAMES = {
@@ -152,7 +153,7 @@ def _section_class(model: type[BaseModel], key: str, data: Any) -> type[BaseMode
             kind = task_tag(data)
         return _KINDS[key].get(str(kind), next(iter(_KINDS[key].values())))
     if key == "trainable":
-        return TrainableLora
+        return TRAINABLE_KINDS[trainable_kind(data)]
     if key == "replicas":
         return ReplicaRange
     annotation = model.model_fields[key].annotation
@@ -162,8 +163,11 @@ def _section_class(model: type[BaseModel], key: str, data: Any) -> type[BaseMode
 
 def _all_keys(data: dict[str, Any]) -> list[str]:
     paths = list(RunConfig.model_fields)
-    for section in (("task",), ("direction",), ("memory",), ("trainable",), ("trainable", "lora")):
+    for section in (("task",), ("direction",), ("memory",)):
         paths += [".".join((*section, name)) for name in _section_fields(section, data)]
+    for kind in TRAINABLE_KINDS:
+        names = _section_fields(("trainable", kind), {"trainable": {kind: {}}})
+        paths += [f"trainable.{kind}", *(f"trainable.{kind}.{name}" for name in names)]
     return paths
 
 

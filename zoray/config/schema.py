@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
@@ -18,12 +17,12 @@ from zoray.config.sections import (
     ReplicaRange,
     ResidentMemory,
     Section,
-    TrainableLora,
     Zero3Memory,
     fault,
     key,
 )
 from zoray.config.tasks import TaskConfig
+from zoray.config.trainable import Trainable, TrainablePrefix, checked
 from zoray.config.worded import GenerationTask, WordedTask
 from zoray.optim import Optimizer, Width
 from zoray.schedule import POLYNOMIAL_END
@@ -35,10 +34,6 @@ EXACT_SUM_LIMIT = 2**24
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 """An experiment tracker, by the name it has in Hugging Face's `report_to`."""
-
-
-def _trainable_tag(value: Any) -> str:
-    return "mapping" if isinstance(value, dict | BaseModel) else "name"
 
 
 def _report_tag(value: Any) -> str:
@@ -68,12 +63,11 @@ class RunConfig(Section):
     attn_implementation: str | None = key(
         None, "Attention of `transformers`: `eager`, `sdpa`, .... Without it, its own choice.", mathematics=True
     )
-    trainable: Annotated[
-        Annotated[str, Tag("name")] | Annotated[TrainableLora, Tag("mapping")], Discriminator(_trainable_tag)
-    ] = key(
+    trainable: Trainable = key(
         "full",
-        "What is trained: `full`, a regular expression searched for in the names of the parameters, or "
-        "`{lora: {r: 8, ...}}`.",
+        "What is trained: `full`; a regular expression searched for in the names of the parameters; `bias_and_norm`, "
+        "all biases and norms (BitFit), and a new classification head; or a mapping, one of `{lora: {r: 8, ...}}`, "
+        "`{prefix: {num_virtual_tokens: 5}}`, `{sparse: {sparsity: 0.75}}` and `{blocks: {count: 4, steps: 1}}`.",
         mathematics=True,
     )
     task: TaskConfig = key(..., "What is learnt, and from which data.", mathematics=True)
@@ -307,20 +301,18 @@ class RunConfig(Section):
 
     @field_validator("trainable")
     @classmethod
-    def _regular_expression(cls, value: str | TrainableLora) -> str | TrainableLora:
-        if not isinstance(value, str):
-            return value
-        if value.strip() in ("", "lora"):
-            raise fault("trainable", f"{value!r} does not say what to train.", "Use full, {lora: {r: 8}} or a pattern.")
-        try:
-            re.compile(value)
-        except re.error as error:
+    def _trainable_is_known(cls, value: Trainable) -> Trainable:
+        return checked(value, "trainable") if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _prefixes_are_whole(self) -> Self:
+        if isinstance(self.trainable, TrainablePrefix) and isinstance(self.memory, Zero3Memory):
             raise fault(
-                "trainable",
-                f"{value!r} is not a regular expression: {error}.",
-                "Use full, {lora: {r: 8}} or a pattern over the names of the parameters.",
-            ) from error
-        return value
+                "trainable.prefix",
+                "Prefixes begin as what the model makes of real tokens, which a sharded one cannot while it is loaded.",
+                "Set memory.kind to resident or streamed, or train with lora.",
+            )
+        return self
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:

@@ -1,4 +1,4 @@
-"""The sections of a configuration: LoRA, directions, memory; `task` is in `tasks`.
+"""The sections of a configuration: directions, replicas, memory; `task` and `trainable` have modules of their own.
 
 `docs/configuration.md` is generated from these classes. Each key says whether it changes the mathematics of a run: a
 key that does cannot be changed when a run is resumed.
@@ -43,27 +43,6 @@ FILES = (
     "store (`s3://bucket/folder`, `gs://...`)."
 )
 """What a data set is, for the keys that name one."""
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2021), made by `peft`; the names are those of `peft.LoraConfig`."""
-
-    r: int = key(8, "Rank of the adapters.", mathematics=True, ge=1)
-    lora_alpha: int = key(8, "Scale of the adapters: they are multiplied by `lora_alpha / r`.", mathematics=True, ge=1)
-    target_modules: str | list[str] | None = key(
-        None,
-        "Modules that get an adapter: a list of name endings, a regular expression, or `all-linear`. Without it, what "
-        "`peft` takes for this architecture.",
-        mathematics=True,
-        min_length=1,
-    )
-    bias: Literal["none", "all", "lora_only"] = key("none", "Which biases are trained beside them.", mathematics=True)
-
-
-class TrainableLora(Section):
-    """`trainable: {lora: {...}}`."""
-
-    lora: LoraConfig = key(..., "Low-rank adapters; a new classification head is trained with them.", mathematics=True)
 
 
 class DirectionConfig(Section):

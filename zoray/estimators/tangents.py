@@ -46,7 +46,7 @@ def tangents(engine: Engine, active: Active) -> Iterator[None]:
                 if parameter is None or spec is None or (factored is not None and name == "weight"):
                     continue
                 if spec.name not in made:
-                    z = active.noise(spec).to(parameter.device, parameter.dtype)
+                    z = active.noise(spec, parameter).to(parameter.dtype)
                     made[spec.name] = _make(parameter.detach(), z)
                 module._parameters[name] = made[spec.name]  # type: ignore[assignment]
             if factored is not None:

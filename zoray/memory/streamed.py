@@ -114,7 +114,7 @@ class Streamed(Memory):
             self.settle()
             self.flush()
             self._update = group
-            self._due = {unit: None for unit in self._units if unit.trained}
+            self._due = {unit: None for unit in self._units if unit.changes(group)}
 
     def flush(self) -> None:
         """Apply to every unit what it has not seen yet."""

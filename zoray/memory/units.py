@@ -17,7 +17,7 @@ from torch import nn
 from zoray.errors import ModelError
 from zoray.layout import ParamSpec
 from zoray.memory.resident import ALIGNMENT
-from zoray.update import Shard
+from zoray.update import Group, Shard
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -69,6 +69,10 @@ class Unit:
     def trained(self) -> bool:
         """Whether any of its parameters is."""
         return any(slot.specs for slot in self.slots)
+
+    def changes(self, group: Group) -> bool:
+        """Whether commits may change any of its parameters."""
+        return any(group.changes(spec) for slot in self.slots for spec in slot.specs)
 
     def shards(self, values: torch.Tensor) -> Iterator[Shard]:
         """Its trained parameters, in the order of the layout, viewing the unit's bytes."""

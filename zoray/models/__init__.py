@@ -6,6 +6,7 @@ from zoray.models.blank import blank_model
 from zoray.models.limits import check_lengths, check_tokens, max_positions
 from zoray.models.load import load_model, load_tokenizer
 from zoray.models.placed import Make, load_placed
+from zoray.models.trainable import selection
 
 __all__ = [
     "Make",
@@ -16,4 +17,5 @@ __all__ = [
     "load_placed",
     "load_tokenizer",
     "max_positions",
+    "selection",
 ]

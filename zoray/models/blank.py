@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from zoray import stores
-from zoray.config import ClassificationTask, RunConfig, TrainableLora
+from zoray.config import ClassificationTask, RunConfig, TrainableLora, TrainablePrefix
 from zoray.errors import ModelError
 from zoray.models.fetched import listed
 from zoray.models.load import AUTO, explain, require_kind
+from zoray.models.prefix import add_prefix
 from zoray.models.source import find, quiet
-from zoray.models.trainable import add_adapters, select
+from zoray.models.trainable import add_adapters, chosen, select
 
 _ENOUGH = "Its config.json is enough here, in a folder that `model` names."
 
@@ -45,8 +46,10 @@ def blank_model(config: RunConfig, num_labels: int | None = None) -> nn.Module:
             for parameter in model.parameters():
                 # On this device peft leaves its own in float32.
                 parameter.data = parameter.data.to(getattr(torch, config.dtype))
-    if isinstance(config.trainable, str):
-        select(model, config.trainable)
+        elif isinstance(config.trainable, TrainablePrefix):
+            model = add_prefix(model, config.trainable.prefix, config, new)
+    if (words := chosen(config)) is not None:
+        select(model, *words, new)
     return model.eval()
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from zoray.config import RunConfig
+from zoray.config import RunConfig, TrainablePrefix
 from zoray.errors import ConfigError, ModelError
 from zoray.partitioned import shape_of
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_lengths(config: RunConfig, model: nn.Module) -> None:
-    """Raises ConfigError if `task.max_length` is more than the model has positions for."""
+    """Raises ConfigError if `task.max_length`, and a prefix, are more than the model has positions for."""
     limit = max_positions(model)
+    if limit is not None and isinstance(config.trainable, TrainablePrefix):
+        limit -= config.trainable.prefix.num_virtual_tokens
     if limit is not None and config.task.max_length > limit:
         raise ConfigError(
             f"task.max_length is {config.task.max_length}, but {config.model} takes at most {limit} tokens.",

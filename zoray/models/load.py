@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from zoray.config import RunConfig, TrainableLora
+from zoray.config import RunConfig, TrainableLora, TrainablePrefix
 from zoray.errors import ModelError
+from zoray.models.prefix import add_prefix
 from zoray.models.source import find, quiet
-from zoray.models.trainable import add_adapters, select, trains
+from zoray.models.trainable import add_adapters, chosen, select, trains
 from zoray.models.words import reason, some
 from zoray.partitioned import is_spilled
 from zoray.stores import is_uri, shown
@@ -73,8 +74,10 @@ def load_model(
         model, new = _from_pretrained(config, num_labels, id2label)
         if isinstance(config.trainable, TrainableLora):
             model = add_adapters(model, config.trainable.lora, config, new)
-    if isinstance(config.trainable, str):
-        select(model, config.trainable)
+        elif isinstance(config.trainable, TrainablePrefix):
+            model = add_prefix(model, config.trainable.prefix, config, new)
+    if (words := chosen(config)) is not None:
+        select(model, *words, new)
     frozen = [name for name in new if not trains(model, name)]
     if frozen:
         _log.warning("%s are new and random, and will stay so: trainable does not match them", ", ".join(frozen))

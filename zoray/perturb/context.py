@@ -60,25 +60,40 @@ class Active:
             self._factors[spec.name] = _sent(left, like.device, like.dtype), _sent(right, like.device, like.dtype)
         return self._factors[spec.name]
 
-    def noise(self, spec: ParamSpec) -> torch.Tensor:
-        """z of one parameter, float32, in its own shape, without epsilon and sign."""
-        return self.directions.dense(self.address, spec)
+    def touches(self, spec: ParamSpec) -> bool:
+        """Whether the direction moves the parameter."""
+        coverage = self.directions.coverage
+        return coverage.touches(coverage.group(spec), self.address[0])
+
+    def mask(self, spec: ParamSpec, values: torch.Tensor) -> torch.Tensor | None:
+        """Which of some weights of a parameter the direction moves, a bool tensor of their shape; None: all of them."""
+        return self.directions.coverage.mask(spec, values)
+
+    def masked(self, spec: ParamSpec) -> bool:
+        """Whether some of the parameter's weights may not be moved, so that its z has no factors."""
+        return spec.name in self.directions.coverage.limits
+
+    def noise(self, spec: ParamSpec, parameter: torch.Tensor) -> torch.Tensor:
+        """z of one parameter, float32, in its own shape, without epsilon and sign; 0 where a weight is not moved."""
+        z = _sent(self.directions.dense(self.address, spec).view(parameter.shape), parameter.device)
+        mask = self.mask(spec, parameter)
+        return z if mask is None else z.mul_(mask)
 
     def perturbed(self, parameter: torch.Tensor, spec: ParamSpec, dtype: torch.dtype | None = None) -> torch.Tensor:
         """theta +- eps z of one parameter as a new tensor; for one sign only."""
         if self.signs is Signs.BOTH:
             raise AssertionError("a perturbed copy has one sign")
-        z = _sent(self.noise(spec), parameter.device)
+        z = self.noise(spec, parameter)
         return z.mul_(self.scale).add_(parameter).to(dtype or parameter.dtype)
 
     def vector(self, parameter: torch.Tensor | None, spec: ParamSpec | None) -> torch.Tensor | None:
-        """A perturbed vector in float32: shape (2, n) for both signs, (1, n) for one or if frozen, None if missing."""
+        """A perturbed vector in float32, (2, n) for both signs, (1, n) for one or where it stays; None if missing."""
         if parameter is None:
             return None
         exact = parameter.detach().float()
-        if spec is None:
+        if spec is None or not self.touches(spec):
             return exact.unsqueeze(0)
-        z = _sent(self.noise(spec).view_as(exact), parameter.device).mul_(self.scale)
+        z = self.noise(spec, exact).mul_(self.scale)
         return torch.stack([exact + z, exact - z]) if self.signs is Signs.BOTH else (exact + z).unsqueeze(0)
 
     @contextmanager

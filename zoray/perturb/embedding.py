@@ -37,7 +37,9 @@ class EmbeddingLayer:
         coefficients = left.t()[tokens.reshape(-1)].mul_(active.scale * float(rank_scale(self.weight)))
         if active.signs is Signs.BOTH:
             coefficients[len(rows) // 2 :].neg_()
-        return rows.addmm_(coefficients, right).view(*tokens.shape, weight.shape[1])
+        mask = active.mask(self.weight, rows)
+        rows = rows.addmm_(coefficients, right) if mask is None else rows.add_((coefficients @ right).mul_(mask))
+        return rows.view(*tokens.shape, weight.shape[1])
 
     def _with_rows(self, tokens: torch.Tensor, rows: int) -> torch.Tensor:
         if "0" not in self.rule.fixed and self.rule.led("0", tokens, rows):

@@ -49,6 +49,7 @@ class Engine:
         self.specs = parameter_specs(model, layout)
         self.handlers: dict[nn.Module, Handler] = {}
         self.names: dict[nn.Module, str] = {}
+        self._own: dict[nn.Module, tuple[ParamSpec, ...]] = {}
         self._root: list[tuple[nn.Module, dict[str, ParamSpec]]] = []
         for name, module in model.named_modules():
             own = {n: self.specs[p] for n, p in module._parameters.items() if p is not None and p in self.specs}
@@ -57,7 +58,7 @@ class Engine:
                 self._root.append((module, astray))
             own = {n: spec for n, spec in own.items() if n not in astray}
             if own:
-                self.names[module] = name
+                self.names[module], self._own[module] = name, tuple(own.values())
                 self.handlers[module] = self.handler(module, own, (rows or Rows()).rule(name))
 
     def handler(self, module: nn.Module, own: Mapping[str, ParamSpec], rule: RowRule) -> Handler:
@@ -86,12 +87,19 @@ class Engine:
 
     @contextmanager
     def perturbed(self, active: Active) -> Iterator[None]:
-        """Install the handlers for one direction; every forward is put back when the block ends, however it ends."""
+        """Install the handlers for one direction; every forward is put back when the block ends, however it ends.
+
+        Modules of which the direction moves nothing are left alone, but for those that are swapped with others inside:
+        these call them once for each sign, and how often a module is called must not depend on the step.
+        """
         with ExitStack() as stack:
             stack.enter_context(no_fused_attention())
             for module, specs in self._root:
                 stack.enter_context(swapped_throughout(active, module, specs))
             for module, handler in self.handlers.items():
+                around = isinstance(handler, SwappedModule) and any(module.children())
+                if not around and not any(map(active.touches, self._own[module])):
+                    continue
                 call = handler if isinstance(handler, SwappedModule) else partial(_by_position, handler)
                 stack.enter_context(replaced_forward(module, partial(call, active)))
             yield

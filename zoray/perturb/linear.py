@@ -2,6 +2,9 @@
 
 Covers `nn.Linear` (weight (out, in)) and GPT-2's `Conv1D` (weight (in, out)). The correction is written first and the
 product with W is accumulated onto it, so that perturbing costs no extra pass over the output.
+
+Where only some weights are moved, z has no factors: W +- eps z is then made a few output features at a time, in pieces
+that stay in cache, and multiplied with each sign's rows.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from zoray.directions import rank_scale
 from zoray.layout import ParamSpec
 from zoray.perturb.context import Active, Signs
 from zoray.perturb.rows import ALL_LED, RowRule
+
+_PIECE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,11 @@ class LinearLayer:
         return out.view(*x.shape[:-1], matrix.shape[1])
 
     def project(self, active: Active, flat: torch.Tensor) -> torch.Tensor | None:
-        """+-eps/sqrt(r) (x . b), shape (rows, r): the second half of the rows has the other sign."""
-        if self.weight is None:
+        """+-eps/sqrt(r) (x . b), shape (rows, r): the second half of the rows has the other sign.
+
+        None where nothing of the weight is moved, or only some of it.
+        """
+        if self.weight is None or not active.touches(self.weight) or active.masked(self.weight):
             return None
         left, right = active.factors(self.weight, flat)
         inputs = left if self.transposed else right
@@ -78,7 +86,34 @@ class LinearLayer:
             self._correction(
                 active, out[rows], coefficients if coefficients is None else coefficients[rows], base, outputs
             )
+        if self.weight is not None and active.touches(self.weight) and active.masked(self.weight):
+            return self._add_masked(active, self.weight, flat, out, outputs.start)
         return out.addmm_(flat, matrix)
+
+    def _add_masked(
+        self, active: Active, spec: ParamSpec, flat: torch.Tensor, out: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        """Add x (W +- eps z)^T to `out`, whose first column is output feature `first`."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        left, right = active.factors(spec, flat)
+        half = len(flat) // 2 if active.signs is Signs.BOTH else len(flat)
+        width = max(1, _PIECE_ELEMENTS // flat.shape[1])
+        for start in range(0, out.shape[1], width):
+            columns = slice(start, min(start + width, out.shape[1]))
+            features = slice(first + columns.start, first + columns.stop)
+            piece = weight[:, features] if self.transposed else weight[features]
+            z = left.t() @ right[:, features] if self.transposed else left[:, features].t() @ right
+            change = z.float().mul_(active.scale * float(rank_scale(spec)))
+            mask = active.mask(spec, piece)
+            assert mask is not None
+            change.mul_(mask)
+            for rows in (slice(0, half), slice(half, len(flat))):
+                if rows.start < rows.stop:
+                    moved = (piece + change).to(flat.dtype)
+                    out[rows, columns].addmm_(flat[rows], moved if self.transposed else moved.t())
+                change.neg_()
+        return out
 
     def _correction(
         self,

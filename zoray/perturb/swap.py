@@ -88,6 +88,8 @@ def swapped(
         for name, spec in specs.items():
             parameter = own[name]
             assert parameter is not None
+            if not active.touches(spec):
+                continue
             if promote and parameter.dtype != torch.float32:
                 promoted = parameter.dtype
             dtype = torch.float32 if promote else parameter.dtype
@@ -104,6 +106,7 @@ def swapped_throughout(active: Active, module: nn.Module, specs: Mapping[str, Pa
     A partitioned one is gathered and given other values instead: its place must not be taken by a plain tensor while
     modules are called, whose parameters DeepSpeed gathers.
     """
+    specs = {name: spec for name, spec in specs.items() if active.touches(spec)}
     partitioned = {name: spec for name, spec in specs.items() if is_partitioned(module._parameters.get(name))}
     with ExitStack() as stack:
         stack.enter_context(swapped(active, module, {n: spec for n, spec in specs.items() if n not in partitioned}))

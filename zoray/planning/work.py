@@ -13,12 +13,13 @@ from torch import nn
 
 from zoray.commits import seal
 from zoray.config import CausalLMTask, RunConfig
+from zoray.coverage import EVERYTHING, Coverage
 from zoray.digest import tensor_digest
 from zoray.errors import ModelError, ZorayError
 from zoray.estimators import ESTIMATORS
 from zoray.layout import Layout, ParamSpec, make_layout, trainable_parameters
 from zoray.memory.units import make_plan
-from zoray.models import blank_model, check_lengths
+from zoray.models import blank_model, check_lengths, selection
 from zoray.models.words import reason
 from zoray.planning.gathered import gathering
 from zoray.planning.live import Peak
@@ -26,6 +27,7 @@ from zoray.planning.shadow import Shadow, ShadowDirections
 from zoray.probe import Prober
 from zoray.product import factor_dtype
 from zoray.proof import Verdict, prove
+from zoray.selection import SmallWeights
 from zoray.update import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, Shard, apply_commits
 
 _REPLAYED = 1024
@@ -97,6 +99,7 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     model = blank_model(config, num_labels)
     check_lengths(config, model)
     layout = make_layout(trainable_parameters(model), config.direction.kind, config.direction.rank)
+    directions = ShadowDirections(layout, config.seed, _coverage(config, layout))
     room = make_plan(model, layout.specs).room
     # Looked up here, since it multiplies matrices to find out.
     factor_dtype(torch.device("cpu"))
@@ -104,8 +107,8 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     shadow = Shadow(model, padded)
     counter = _Counter(shadow)
     with _explained(config), gathering(model, shards) if shards > 1 else nullcontext():
-        verdict = _forwards(config, model, ShadowDirections(layout, config.seed), counter)
-    _updates(config, layout, counter, shards)
+        verdict = _forwards(config, model, directions, counter)
+    _updates(config, directions, counter, shards)
     named = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     once = list(model.parameters())
     modules = [_bytes(module.parameters(recurse=False)) for module in model.modules()]
@@ -174,8 +177,15 @@ def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": labels}
 
 
-def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) -> None:
+def _coverage(config: RunConfig, layout: Layout) -> Coverage:
+    """What takes as much as any step: groups that take turns are counted as if all were moved."""
+    small = isinstance(selection(config), SmallWeights)
+    return Coverage(limits={spec.name: 0.0 for spec in layout.specs}) if small else EVERYTHING
+
+
+def _updates(config: RunConfig, directions: ShadowDirections, counter: _Counter, shards: int) -> None:
     """An update by as many directions as are ever applied together, and a digest, of the parameters that take most."""
+    layout = directions.layout
     # Gaussian directions are added one by one.
     together = max(config.most_directions * config.update_rule.window, _REPLAYED // config.direction.rank)
     terms = 1 if layout.kind == "gaussian" else together
@@ -187,7 +197,6 @@ def _updates(config: RunConfig, layout: Layout, counter: _Counter, shards: int) 
     # A block of wide rows takes most for b, one of many short rows for a.
     measures: tuple[Callable[[ParamSpec], int], ...] = (lambda spec: spec.cols, lambda spec: _rows(spec, block))
     chosen = [max(specs, key=measure) for specs in (factored, dense) if specs for measure in measures]
-    directions = ShadowDirections(layout, config.seed)
 
     def shard(spec: ParamSpec) -> Shard:
         count = min(-(-spec.numel // shards), 2 * block)
