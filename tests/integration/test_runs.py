@@ -60,7 +60,14 @@ REMEMBERS = {
 }
 
 
-@pytest.mark.parametrize(("step", "keys"), [(0, {}), (1, {}), (3, {}), (5, {}), (2, REMEMBERS)])
+CURVED = {
+    "estimator": "one_sided",
+    "shared_batches": True,
+    "optimizer": {"shaping": "centered", "normalize": "curvature", "momentum": 0.5, "momentum_window": 5},
+}
+
+
+@pytest.mark.parametrize(("step", "keys"), [(0, {}), (1, {}), (3, {}), (5, {}), (2, REMEMBERS), (2, CURVED)])
 def test_a_run_stopped_at_any_step_and_resumed_has_the_same_ledger(
     step: int, keys: dict[str, Any], inputs: Inputs, launch: Launch
 ) -> None:
