@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,6 +22,9 @@ from zoray.planning.live import Peak
 from zoray.replica import Replica
 
 EPSILON = 1e-3
+Probe = Callable[[int], ProbeResult]
+"""Runs the probe of a direction."""
+
 CASES: tuple[tuple[str, EstimatorName, dict[str, Any], bool], ...] = (
     ("spsa, signs in two forwards", "spsa", {"signs": "sequential"}, False),
     ("one_sided, the first direction of a batch", "one_sided", {}, False),
@@ -39,59 +43,57 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one pair")
     pairs = 1 if parser.parse_args().quick else 5
     torch.set_num_threads(1)
-    model, batch, fresh = opt_125m(), opt_batch(), count()
+    model, batch, fresh = opt_125m(), opt_batch(), count(100)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    replicas: dict[str, Replica] = {}
 
-    def prober(name: EstimatorName, options: dict[str, Any], again: bool) -> Callable[[], ProbeResult]:
-        replica = Replica(model, estimator=name, **options)
-        replica.prove(batch)
+    def prober(name: EstimatorName, options: dict[str, Any], again: bool) -> Probe:
+        key = f"{name} {options}"
+        if key not in replicas:
+            replicas[key] = Replica(model, estimator=name, **options)
+            replicas[key].prove(batch)
+        replica = replicas[key]
 
-        def probe() -> ProbeResult:
+        def probe(direction: int) -> ProbeResult:
             if not again:
                 # As if another batch had been probed before.
                 replica._forget()
-            return replica.probe(next(fresh), 0, batch, EPSILON)
+            return replica.probe(0, direction, batch, EPSILON)
 
         return probe
 
-    def peak(probe: Callable[[], object]) -> int:
-        probe()
+    def peak(probe: Probe) -> str:
+        """Bytes that a probe makes, and what share of the weights they are."""
+        probe(0)
         with Peak() as found:
-            probe()
-        return found.peak
+            probe(1)
+        return f"{found.peak / 2**20:,.0f} MiB; {found.peak / weights:.2f} of the weights"
 
     spsa = prober("spsa", {}, False)
-    rows = [
-        Row("tensors of a probe, spsa with both signs in one forward", shown(peak(spsa), weights), "reported", None)
-    ]
+    rows = [Row("tensors of a probe, spsa with both signs in one forward", peak(spsa), "reported", None)]
     for words, name, options, again in CASES:
         probe = prober(name, options, again)
-        rows.append(Row(f"tensors of a probe, {words}", shown(peak(probe), weights), "reported", None))
-        ratio = in_turn(probe, spsa, pairs)
+        rows.append(Row(f"tensors of a probe, {words}", peak(probe), "reported", None))
+        ratio = in_turn(partial(_next, probe, fresh), partial(_next, spsa, fresh), pairs)
         rows.append(Row(f"probe of {words} / of spsa with both signs in one forward", str(ratio), "reported", None))
-    rows += errors(model, batch)
+    rows += errors({name: prober(name, {}, True) for name in get_args(EstimatorName)})
     write_section("estimators", "Estimators", "python -m benchmarks.estimators", rows)
 
 
-def shown(size: int, weights: int) -> str:
-    """Bytes, and what share of the weights they are."""
-    return f"{size / 2**20:,.0f} MiB; {size / weights:.2f} of the weights"
+def _next(probe: Probe, fresh: Iterator[int]) -> None:
+    probe(next(fresh))
 
 
-def errors(model: Any, batch: dict[str, torch.Tensor]) -> list[Row]:
-    """How far the others are from the exact slope, over a few directions, relative to its root mean square."""
-    names: tuple[EstimatorName, ...] = ("backprop", "forward_gradient", "spsa", "one_sided")
-    found = {}
-    for name in names:
-        replica = Replica(model, estimator=name)
-        found[name] = [replica.probe(0, k, batch, EPSILON).projected_gradient for k in range(8)]
-    exact = found["backprop"]
+def errors(probes: dict[EstimatorName, Probe]) -> list[Row]:
+    """How far each is from the exact slope, over a few directions, relative to its root mean square."""
+    found = {name: [probe(k).projected_gradient for k in range(6)] for name, probe in probes.items()}
+    exact = found.pop("backprop")
     size = statistics.fmean(g * g for g in exact) ** 0.5
     rows = []
-    for name in names[1:]:
-        error = statistics.fmean((g - e) ** 2 for g, e in zip(found[name], exact, strict=True)) ** 0.5
+    for name, slopes in found.items():
+        error = statistics.fmean((g - e) ** 2 for g, e in zip(slopes, exact, strict=True)) ** 0.5
         text = f"{error / size:.2g} of {size:.3g}"
-        rows.append(Row(f"error of the slope, {name}, epsilon {EPSILON:g}, 8 directions", text, "reported", None))
+        rows.append(Row(f"error of the slope, {name}, epsilon {EPSILON:g}, 6 directions", text, "reported", None))
     return rows
 
 

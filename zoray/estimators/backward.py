@@ -1,4 +1,4 @@
-"""<grad L, z>, exactly, from the gradient: for replicas with memory to spare, beside others that have none.
+"""<grad L, z>, exactly, from the gradient: for replicas with memory to spare.
 
 One backward serves every direction that is probed on the batch. What travels is the scalar all the same, as in Ferret
 (Shu et al. 2024, arXiv 2409.06277), and the weights get the same update.
