@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import make_model
+from tests.conftest import SENTENCES, make_model
 from tests.unit.helpers import really_perturbed
 from zoray.config import MultipleChoiceTask, PromptedTask, RunConfig
 from zoray.config.prompt import expression
@@ -611,3 +611,33 @@ def test_words_in_another_order_are_other_data(tmp_path: Path) -> None:
     ]
     rights = [task.batch([0])["correct"].tolist() for task in tasks]
     assert rights == [[0, 1], [1, 0]] and tasks[0].digest != tasks[1].digest
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "qwen3"])
+def test_padding_and_a_cache_change_nothing_that_is_written(tmp_path: Path, kind: str) -> None:
+    model = str(make_model(kind, tmp_path))
+    rows = [{"text": " ".join(SENTENCES[i].split()[: 2 + 3 * i]), "answer": "the ledger"} for i in range(4)]
+    task = {"kind": "generation", "prompt": "{text}", "train": write(tmp_path / "t.jsonl", rows), "stop": "###"}
+    made = config({**task, "max_new_tokens": 6, "max_length": 32}, model=model, objective="f1")
+    tokenizer = load_tokenizer(made)
+    found = load_task(made, tokenizer)
+    replica = Replica(load_model(made), objective=found.objective)
+    batch = found.batch(range(4))
+    assert batch["prompt_mask"][0, 0] == 0 and batch["prompt_mask"][:, -1].tolist() == [1] * 4
+    replica.prove(batch)
+    seen = set()
+    for sign, index in ((1, 0), (-1, 0), (1, 1), (-1, 2)):
+        twin = really_perturbed(replica.model, replica, 0, index, sign * 0.05)
+        expected = []
+        for row in rows:
+            ids = tokenizer(row["text"])["input_ids"]
+            start = len(ids)
+            while len(ids) < start + 6 and ids[-1:] != [tokenizer.eos_token_id]:
+                with torch.no_grad():
+                    ids.append(int(twin(torch.tensor([ids])).logits[0, -1].argmax()))
+            expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True).split("###")[0].strip())
+        signs = Signs.PLUS if sign > 0 else Signs.MINUS
+        with replica._prober.engine.perturbed(Active(replica.directions, 0, index, 0.05, signs, 4)), torch.no_grad():  # type: ignore[union-attr]
+            assert found.objective.write(replica.model, batch) == expected  # type: ignore[attr-defined]
+        seen |= set(expected)
+    assert len(seen) > 1, "tokens without a word are written as nothing"
