@@ -363,7 +363,7 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="A LoRA run's adapter alone, not merged.")] = False,
     output_dir: Runs = "runs",
 ) -> None:
-    """Write a run's model as a plain Hugging Face folder."""
+    """Write a run's model as a plain Hugging Face folder; a prefix as a plain folder of peft."""
     from launch.export import export as write
 
     write(run, to, step, adapter, output_dir)

@@ -48,7 +48,8 @@ class Rotation:
 Selection = SmallWeights | Rotation
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_PIECE_ELEMENTS = 1 << 19
+_PIECE_ELEMENTS = 1 << 20
+_DIGITS = 1 << 16
 
 
 def cover(selection: Selection | None, model: nn.Module, memory: Memory) -> Coverage:
@@ -83,8 +84,8 @@ def _limits(memory: Memory, sparsity: float) -> dict[str, float]:
 def magnitude_limit(shard: Shard, memory: Memory, sparsity: float) -> float | None:
     """The magnitude that `sparsity` of a parameter's weights are above: an order statistic, so exact on every machine.
 
-    It is found by bisection of its bits, which are in the order of the magnitudes: all that the processes of a sharded
-    replica tell each other is how many weights they have below a guess.
+    Its bits, which are in the order of the magnitudes, are found 16 at a time: weights are counted by theirs, and all
+    that the processes of a sharded replica tell each other is how many they have up to a guess.
 
     Args:
         shard: what this process has of the parameter.
@@ -96,28 +97,34 @@ def magnitude_limit(shard: Shard, memory: Memory, sparsity: float) -> float | No
         norm): it would tell a weight that was moved from one that was not, rather than a large one from a small one.
     """
     width = shard.values.element_size()
-    low, high = 0, (1 << (8 * width - 1)) - 1
+    bits = shard.values.detach().view(_INTEGERS[width])
     wanted = shard.spec.numel - floor(sparsity * shard.spec.numel)
-    while low < high:
-        middle = (low + high) // 2
-        if memory.total(_count_up_to(shard.values, middle)) >= wanted:
-            high = middle
-        else:
-            low = middle + 1
-    limit = float(torch.tensor([low], dtype=_INTEGERS[width]).view(shard.values.dtype))
-    everything = memory.total(_count_up_to(shard.values, low)) == shard.spec.numel
+    found, below = 0, 0
+    for shift in range(8 * width - 16, -1, -16):
+        up_to = below + _counted(bits, found, shift)
+        low, high = 0, _DIGITS - 1
+        while low < high:
+            middle = (low + high) // 2
+            if memory.total(int(up_to[middle])) >= wanted:
+                high = middle
+            else:
+                low = middle + 1
+        found, below = found << 16 | low, int(up_to[low - 1]) if low else below
+    limit = float(torch.tensor([found], dtype=_INTEGERS[width]).view(shard.values.dtype))
+    everything = memory.total(int(up_to[low])) == shard.spec.numel
     return None if limit == 0 or everything else limit
 
 
-def _count_up_to(values: torch.Tensor, most: int) -> int:
-    """How many of the values have a magnitude whose bits are at most `most`; they are gone through piece by piece."""
-    width = values.element_size()
-    bits, unsigned = values.detach().view(_INTEGERS[width]), (1 << (8 * width - 1)) - 1
-    found = 0
+def _counted(bits: torch.Tensor, above: int, shift: int) -> torch.Tensor:
+    """How many magnitudes have up to each number (2^16 of them) in the 16 bits from `shift`, and `above` before."""
+    unsigned = (1 << (8 * bits.element_size() - 1)) - 1
+    counts = torch.zeros(_DIGITS, dtype=torch.int64, device=bits.device)
     for start in range(0, len(bits), _PIECE_ELEMENTS):
         piece = bits[start : start + _PIECE_ELEMENTS].bitwise_and(unsigned)
-        found += int((piece <= most).count_nonzero())
-    return found
+        if shift + 16 < 8 * bits.element_size():
+            piece = piece[piece >> 16 == above]
+        counts += torch.bincount((piece >> shift).bitwise_and(_DIGITS - 1), minlength=_DIGITS)
+    return counts.cumsum(0)
 
 
 def _groups(model: nn.Module, specs: Sequence[ParamSpec], count: int) -> dict[str, int]:

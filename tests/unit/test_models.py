@@ -79,7 +79,7 @@ def test_names_of_a_trained_classifier_are_kept(tmp_path: Path, tiny_model: Any)
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("what", ["full", {"lora": {"r": 2, "target_modules": "all-linear"}}, {"prefix": {}}])
+@pytest.mark.parametrize("what", ["full", {"lora": {"r": 2, "target_modules": "all-linear"}}])
 def test_memory_is_aligned_contiguous_and_of_the_dtype(
     tmp_path: Path, tiny_model: Any, kind: str, dtype: str, what: Any
 ) -> None:

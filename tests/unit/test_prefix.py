@@ -144,6 +144,13 @@ def test_models_without_keys_and_values(tmp_path: Path) -> None:
     assert "cannot be given a prefix" in refused(run, num_labels=2)
 
 
+def test_a_prefix_is_of_the_models_dtype_and_aligned(tmp_path: Path) -> None:
+    model = load_model(config(make_model("llama", tmp_path), trainable=PREFIX, dtype="bfloat16"))
+    weight = model.get_parameter(WEIGHT)
+    assert weight.dtype == torch.bfloat16 and weight.data_ptr() % 64 == 0 and weight.is_contiguous()
+    assert float(weight.abs().max()) > 0
+
+
 def test_a_prefix_takes_positions(tmp_path: Path) -> None:
     run = config(make_model("gpt2", tmp_path), max_length=62, trainable=PREFIX)
     with pytest.raises(ConfigError, match="at most 61 tokens"):

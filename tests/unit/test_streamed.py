@@ -25,6 +25,7 @@ from zoray.memory.streamed import Streamed, Streaming
 from zoray.memory.units import Unit
 from zoray.partitioned import is_spilled
 from zoray.replica import Replica
+from zoray.selection import Rotation, SmallWeights
 
 COMMIT = commit_of(0, [127, -127, 5], eta=2.0**-9)
 
@@ -70,7 +71,9 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{"direction": "rademacher"}, {"direction": "gaussian"}, {"rank": 3}])
+@pytest.mark.parametrize(
+    "options", [{"direction": "rademacher"}, {"direction": "gaussian"}, {"rank": 3}, {"selection": SmallWeights(0.75)}]
+)
 def test_other_directions(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     same(*pair(MODELS["gpt2"][0](), **options))
@@ -90,6 +93,22 @@ def test_each_block_is_brought_in_once_per_probe_and_updated_on_its_way(monkeypa
         assert [change for _, change in blocks] == [updated, updated] and blocks[0][0] is not blocks[1][0]
         assert sum(change for _, change in seen) == (len(streamed.memory._units) if updated else 0)  # type: ignore[attr-defined]
     resident.apply(commit_of(3, [5, 6]))
+    assert streamed.digest() == resident.digest()
+
+
+def test_only_the_blocks_whose_turn_it_was_are_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    resident, streamed = pair(MODELS["llama"][0](), selection=Rotation(2, 1))
+    same(resident, streamed)
+    groups, layout = streamed.directions.coverage.groups, streamed.layout
+    assert set(groups.values()) == {0, 1}
+    for step in (3, 4):
+        seen = sends(streamed, monkeypatch)
+        for each in (resident, streamed):
+            each.apply(commit_of(step, [5, 6]))
+        assert streamed.probe(step + 1, 0, batch_of(0), 1e-3) == resident.probe(step + 1, 0, batch_of(0), 1e-3)
+        changed = {spec.name for unit, change in seen if change for slot in unit.slots for spec in slot.specs}
+        assert changed == {spec.name for spec in layout.specs if groups[spec.name] == step % 2}
     assert streamed.digest() == resident.digest()
 
 
