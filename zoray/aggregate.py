@@ -31,7 +31,7 @@ class ProbeResult:
         projected_gradient: <grad L, z>, or what the estimator has for it: two-sided SPSA
             (L(theta + epsilon z) - L(theta - epsilon z)) / (2 epsilon).
         loss: mean of the two losses; of other estimators, the loss at theta.
-        curvature: z'Hz, the second difference of the loss along the direction; nan where it was not measured.
+        curvature: z'Hz, the second difference of the loss along the direction; None where it was not measured.
     """
 
     step: int
@@ -39,7 +39,7 @@ class ProbeResult:
     microbatch: int
     projected_gradient: float
     loss: float
-    curvature: float = math.nan
+    curvature: float | None = None
 
     @classmethod
     def of_losses(

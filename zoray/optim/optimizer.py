@@ -155,7 +155,7 @@ class Optimizer:
         step: int,
         gradients: Sequence[float],
         disagreement: float = math.nan,
-        curvature: float = math.nan,
+        curvature: float | None = None,
     ) -> Update:
         """What the projected gradients of `step` come to.
 
@@ -164,7 +164,7 @@ class Optimizer:
             step: number of the step.
             gradients: of each direction; nan for one that is left out, whose weight is 0. One at least is finite.
             disagreement: see `zoray.optim.width`.
-            curvature: z'Hz as the step's first probe measured it.
+            curvature: z'Hz as the step's first probe measured it; None if it has not.
 
         Raises:
             NumericsError: the projected gradients are too large to be squared.
@@ -172,7 +172,9 @@ class Optimizer:
         finite = [k for k, gradient in enumerate(gradients) if not math.isnan(gradient)]
         counted = shaped([gradients[k] for k in finite], self.shaping)
         moment, seen = self._moment(state, counted)
-        curved = added(state.curvature, curvature, self.beta2) if self.wants_curvature else state.curvature
+        curved = state.curvature
+        if self.wants_curvature and curvature is not None:
+            curved = added(curved, curvature, self.beta2)
         divisor = self._divisor(counted, moment, seen)
         if self.wants_curvature:
             divisor = cautious(curved, self.beta2) / len(gradients)
