@@ -162,13 +162,16 @@ class Tuner:
             self._first = entry
             self.study = self.folder.study(self.config, self.plan, self._ledgers)
         self._first.introduction.identity.check(entry.introduction.identity, who)
+        for epsilon, verdict in self._first.verdicts.items():
+            expected = replace(self._first.introduction.identity, verdict=verdict)
+            expected.check(replace(entry.introduction.identity, verdict=entry.verdicts[epsilon]), who)
 
     def _judged(self, entry: Entry) -> Judged:
         """What trials are judged on, and whether no step trains on it."""
         config = self.config
-        batches = config.microbatches * (1 if config.shared_batches else config.directions)
+        batches = config.microbatches * (1 if config.shared_batches else config.most_directions)
         seen = self.plan.rungs[-1] * batches * config.per_direction_batch_size
-        if config.task.eval is not None:
+        if config.evaluated_in_run:
             return Judged("eval", entry.judged, entry.shards, True)
         return Judged("train", entry.judged, entry.shards, seen <= entry.train_examples - entry.judged)
 

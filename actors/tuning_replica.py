@@ -122,7 +122,9 @@ class TrialReplica(ReplicaActor):
         batch = self.task.eval_batch(chosen[0] // self._size) if self.task.eval_shards else self.task.batch(chosen)
         rows = self.replica.evaluate({name: tensor.to(self.device) for name, tensor in batch.items()})
         losses = (rows.sums / rows.counts)[rows.counts > 0].tolist()
-        return Evaluated(tuple(losses), 0 if rows.correct is None else int(rows.correct.sum()))
+        # Training examples may have their right answer alone, beside which nothing could be chosen.
+        told = rows.correct is not None and self.task.eval_shards > 0
+        return Evaluated(tuple(losses), int(rows.correct.sum()) if told and rows.correct is not None else 0)
 
     @property
     def _size(self) -> int:

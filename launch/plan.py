@@ -126,7 +126,8 @@ _FORWARDS = {
 
 
 def _paths(made: Plan) -> str:
-    config, rows, verdict = made.config, made.config.per_direction_batch_size, made.work.verdict
+    config, verdict = made.config, made.work.verdict
+    rows = config.per_direction_batch_size * config.task.rows_per_example(held_out=not config.differentiable)
     forwards = f"{_FORWARDS.get(config.estimator, 'two forwards')} of {rows} rows"
     if verdict.batched:
         forwards = f"both signs in one forward of {2 * rows} rows"

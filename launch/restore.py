@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from zoray.config import RunConfig, mathematics
+from zoray.config import BEFORE, RunConfig, mathematics
 from zoray.errors import LedgerError, RunError
 from zoray.ledger import Ledger
 from zoray.runs import RunFolder
@@ -61,7 +61,7 @@ def open_ledger(folder: RunFolder) -> Ledger:
 
 def _compare(folder: RunFolder, config: RunConfig, ledger: Ledger) -> None:
     """Refuse a config.yaml that was edited to other mathematics than the ledger's."""
-    recorded, found = ledger.header["mathematics"], mathematics(config)
+    recorded, found = {**BEFORE, **ledger.header["mathematics"]}, mathematics(config)
     # A key that only one of them has (`trainable.lora.r`) follows from one that both have, where there is one.
     for key in [*sorted(recorded.keys() & found.keys()), *sorted(recorded.keys() - found.keys())]:
         if key in found and recorded[key] == found[key]:

@@ -19,7 +19,16 @@ from launch.cluster import connect
 from launch.preflight import check_libraries, check_memory, check_paths
 from launch.train import Stopped, interrupts
 from launch.tune_words import conclusion, facts, judged_by, plan_lines, table, told
-from zoray.config import RunConfig, Zero3Memory, dump, load
+from zoray.config import (
+    DIFFERENTIATING,
+    GenerationTask,
+    RunConfig,
+    TrainableLora,
+    TrainablePrefix,
+    Zero3Memory,
+    dump,
+    load,
+)
 from zoray.errors import ConfigError, NumericsError, RunError, ZorayError
 from zoray.tuning import Finish, Plan, Standing, Study, grid, longest_within, make_plan, stand
 from zoray.tuning.deciding import passes_per_step
@@ -103,11 +112,17 @@ def plan_of(config: RunConfig, search: Search) -> Plan:
     Raises:
         ConfigError: there can be no such search.
     """
+    epsilons = _numbers(search.epsilons, "--epsilons")
+    if config.estimator in DIFFERENTIATING:
+        if epsilons is not None:
+            what = f"Estimator {config.estimator} does not depend on epsilon."
+            raise ConfigError(what, where="--epsilons", advice="Leave it out.")
+        epsilons = [config.epsilon]
     trials = grid(
         config.learning_rate,
         config.epsilon,
         _numbers(search.learning_rates, "--learning-rates"),
-        _numbers(search.epsilons, "--epsilons"),
+        epsilons,
         short=config.dtype != "float32",
     )
     if search.steps is not None and search.budget is not None:
@@ -145,11 +160,17 @@ def _check(config: RunConfig, write: Path | None) -> None:
             where="memory",
             advice="Use memory='{kind: resident}' or '{kind: streamed}' for the search: the result is the same.",
         )
+    if isinstance(config.task, GenerationTask) and not config.evaluated_in_run:
+        raise ConfigError(
+            "Trials that generate text are judged by held-out examples, and there are none.",
+            where="task.eval",
+            advice="Name held-out data in task.eval, or set task.dev_samples.",
+        )
     if write is not None and write.exists():
         raise ConfigError(f"There is a file {write} already.", where="--write", advice="Name another, or delete it.")
     check_paths(config)
     check_libraries(config)
-    check_memory(config, copies=2 if config.trainable == "full" else 1)
+    check_memory(config, copies=1 if isinstance(config.trainable, TrainableLora | TrainablePrefix) else 2)
 
 
 def _stem(config: RunConfig, config_path: str) -> str:

@@ -141,9 +141,19 @@ def aggregate(
         what = f"step {step} would scale its update by {eta} and the weights by {decay}"
         raise NumericsError(what, where="learning_rate", advice="lower it, or set max_projected_gradient")
     loss = float32(mean(losses)) if losses else math.nan
-    terms = [(s, k, c) for (s, k, _), c in zip(update.terms, coefficients, strict=True) if c or s == step]
+    terms = [(s, k, c) for (s, k, _), c in zip(update.terms, coefficients, strict=True)]
+    # A step whose directions do not count any more goes as a whole: a record has room for few runs of indices.
+    counting = {step, *(s for s, _, c in terms if c)}
     return Aggregate(
-        commit=seal(step, eta, decay, loss, terms, previous, optimizer.notes(update, scale)),
+        commit=seal(
+            step,
+            eta,
+            decay,
+            loss,
+            [term for term in terms if term[0] in counting],
+            previous,
+            optimizer.notes(update, scale),
+        ),
         nonfinite=sum(map(math.isnan, gradients)),
         clipped=sum(abs(g) > bound for g in gradients),
         scale=scale,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoray import __version__
-from zoray.config import RunConfig, mathematics
+from zoray.config import BEFORE, RunConfig, mathematics
 from zoray.errors import LedgerError, RunError
 from zoray.proof import Verdict
 from zoray.replica import Replica
@@ -124,7 +124,7 @@ def check_header(header: dict[str, Any], identity: Identity, config: RunConfig, 
     Raises:
         LedgerError: naming what differs.
     """
-    old, new = header["mathematics"], mathematics(config)
+    old, new = {**BEFORE, **header["mathematics"]}, mathematics(config)
     for key in sorted(old.keys() | new.keys()):
         if key in old and key in new and old[key] != new[key]:
             raise LedgerError(

@@ -300,7 +300,9 @@ def load_function(name: str) -> Score:
     if not callable(function):
         raise ConfigError(f"{name} is {type(function).__name__}, not a function.", where="objective")
     try:
-        source = inspect.getsource(found)
+        # It may be defined elsewhere, and only be imported where it is named.
+        homes = {found, inspect.getmodule(function) or found}
+        source = "".join(sorted(inspect.getsource(home) for home in homes))
     except (OSError, TypeError) as error:
         raise ConfigError(
             f"{name} has no source, by which replicas could tell that theirs is the same: {error}.",

@@ -288,6 +288,12 @@ def test_the_task_of_the_design(file: Path) -> None:
         (["lr_scheduler_type=polynomial", "learning_rate=1e-7"], ["ends at 1e-07", "linear"]),
         (["learning_rate=1", "weight_decay=1"], ["not positive"]),
         (["directions=1", "optimizer={shaping: rank}"], ["there is one", "second_moment"]),
+        (["directions=1", "optimizer={shaping: centered}"], ["there is one", "second_moment"]),
+        (
+            ["trainable={blocks: {count: 2}}", "optimizer={normalize: curvature}"],
+            ["a curvature each", "train without turns"],
+        ),
+        (["objective=a.b:c", "optimizer={normalize: curvature}"], ["a.b:c has steps", "second_moment"]),
         (["estimator=backprop", "optimizer={normalize: curvature}"], ["estimator backprop has none", "second_moment"]),
         (["estimator=one_sided"], ["shared_batches is false", "Set shared_batches to true"]),
         (["estimator=one_sided", "shared_batches=true", "signs=batched"], ["signs is batched", "Leave signs out"]),

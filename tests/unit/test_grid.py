@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_protocol import Driver, of, probe, settings
 from zoray.aggregate import ProbeResult, aggregate
+from zoray.optim import Optimizer
 from zoray.protocol import (
     Action,
     Answer,
@@ -179,6 +180,15 @@ def test_late_items_of_two_kinds_are_not_given_together() -> None:
     run = Driver(settings(directions=1, eval_shards=1, first_deadline=10.0))
     join(run, "a", 1), join(run, "b", 1), join(run, "c", 2)
     assert [[item.kind for item in everything(a)] for a in of(Assign, run.feed(Tick(), now=11.0))] == [[Kind.EVAL]]
+
+
+def test_what_takes_one_forward_is_not_given_beside_what_may_take_two() -> None:
+    """The processes of one replica gather each other's weights, forward by forward."""
+    run = Driver(settings(directions=3, optimizer=Optimizer(normalize="curvature")))
+    (first,) = join(run, "a", 4)
+    assert everything(first) == [Item(Kind.CENTRE, 0)]
+    (then,) = of(Assign, run.feed(Answer("a", first.item, SideLoss(1.0, 0.0, 0.0))))
+    assert [item.kind for item in everything(then)] == [Kind.PROBE] * 3
 
 
 def test_seconds_are_per_process() -> None:

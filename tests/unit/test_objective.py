@@ -155,6 +155,17 @@ def test_a_function_with_another_source_is_another_objective(tmp_path: Path, mon
     mine.check(replace(theirs, objective=found[0]), "replica 3")
 
 
+def test_a_function_that_is_imported_is_known_by_where_it_is_defined(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "front.py").write_text("from behind import score\n")
+    found = []
+    for body in ("return [1.0] * len(outputs)", "return [2.0] * len(outputs)"):
+        (tmp_path / "behind.py").write_text(f"def score(outputs, batch):\n    {body}\n")
+        sys.modules.pop("front", None), sys.modules.pop("behind", None)
+        found.append(load_function("front:score").identity)
+    assert found[0] != found[1]
+
+
 def test_a_run_is_not_continued_with_another_objective(tmp_path: Path) -> None:
     data = write(tmp_path / "t.jsonl", SST2)
     config, task = opened({"template": "sst2", "train": data})

@@ -98,6 +98,15 @@ def test_momentum_is_that_of_torch(momentum: float, nesterov: bool) -> None:
     assert torch.allclose(found, weights.detach(), atol=12 * RATE / 4 * 4 / 127)
 
 
+def test_small_coefficients_do_not_break_a_record_into_too_many_runs() -> None:
+    """A step is one run of indices or none, however many of its directions have come to count for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    commits = run(Optimizer(momentum=0.9), torch.randn(40, 128, generator=generator).tolist())
+    assert all(any(c == 0 for s, _, c in commits[-1].terms if s == step) for step in (20, 25))
+    for commit in commits:
+        assert len({step for step, *_ in commit.terms}) * 128 == len(commit.terms)
+
+
 def test_momentum_reaches_back_to_what_weighs_five_per_cent() -> None:
     for momentum in (0.3, 0.5, 0.9, 0.95):
         window = Optimizer(momentum=momentum).window

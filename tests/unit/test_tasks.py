@@ -637,3 +637,23 @@ def test_two_readers_share_one_file(tmp_path: Path) -> None:
     path = open_store("f", lambda facts: iter([TokenBatch([[1, 2]])])).path
     assert np.array_equal(TokenStore(path).tokens(0), TokenStore(path).tokens(0))
     assert [each for each in path.parent.iterdir() if each.suffix == ".arrow"] == [path]
+
+
+class Numbers:
+    """A task whose batch is the numbers of its examples."""
+
+    train_size = 64
+
+    def batch(self, ids: Any) -> Any:
+        return [int(i) for i in ids]
+
+
+def test_more_directions_in_a_step_do_not_take_the_next_steps_data() -> None:
+    run = config(
+        {"kind": "causal_lm", "train": "t"},
+        directions=2, microbatches=2, per_direction_batch_size=2, optimizer={"max_directions": 8},
+    )  # fmt: skip
+    numbers: Any = Numbers()
+    addresses = [(s, k, m) for s in range(2) for k in range(8) for m in range(2)]
+    found = [i for address in addresses for i in batch_for(numbers, run, *address)]
+    assert sorted(found) == list(range(64))

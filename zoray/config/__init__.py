@@ -6,7 +6,7 @@ keys in which two configurations describe a different computation.
 
 from __future__ import annotations
 
-from zoray.config.compare import changed, mathematics, schedule_needs_max_steps
+from zoray.config.compare import BEFORE, changed, mathematics, schedule_needs_max_steps
 from zoray.config.estimator import DIFFERENTIATING, EstimatorName
 from zoray.config.load import dump, load, with_memory
 from zoray.config.optimizer import OptimizerConfig
@@ -35,6 +35,7 @@ from zoray.config.trainable import (
 from zoray.config.worded import GenerationTask, MultipleChoiceTask, PromptedTask, WordedTask
 
 __all__ = [
+    "BEFORE",
     "BIAS_AND_NORM",
     "DIFFERENTIATING",
     "BlocksConfig",

@@ -33,6 +33,20 @@ def mathematics(config: RunConfig) -> dict[str, Any]:
     return flat
 
 
+BEFORE: dict[str, Any] = {
+    "estimator": "spsa",
+    "objective": "loss",
+    "optimizer.shaping": "none",
+    "optimizer.normalize": "none",
+    "optimizer.momentum": 0.0,
+    "optimizer.nesterov": False,
+    "optimizer.momentum_window": None,
+    "optimizer.max_directions": None,
+    "shared_batches": False,
+}
+"""What runs did that were begun before there were such keys: a ledger that has not one of them means this."""
+
+
 def _flatten(section: BaseModel, prefix: str, flat: dict[str, Any]) -> None:
     for name, field in type(section).model_fields.items():
         extra = field.json_schema_extra

@@ -25,7 +25,7 @@ class OptimizerConfig(Section):
         "What projected gradients are divided by, so that one learning rate serves losses of any scale: their standard "
         "deviation in the step (`loss_deviation`, as in FZOO), the root of a running mean of their squares "
         "(`second_moment`, as in MEAZO), or the curvature of the loss, which one evaluation more per step measures "
-        "(`curvature`; the learning rate is then a number below 1, for any model).",
+        "(`curvature`; the learning rate is then a number below 1, for any model; wants an `epsilon` of 1e-3 or more).",
         mathematics=True,
     )
     beta2: float = key(0.9, "Decay of the running means.", mathematics=True, ge=0, lt=1)

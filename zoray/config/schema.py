@@ -22,7 +22,7 @@ from zoray.config.sections import (
     key,
 )
 from zoray.config.tasks import TaskConfig
-from zoray.config.trainable import Trainable, TrainablePrefix, checked
+from zoray.config.trainable import Trainable, TrainableBlocks, TrainablePrefix, checked
 from zoray.config.worded import GenerationTask, WordedTask
 from zoray.optim import Optimizer, Width
 from zoray.schedule import POLYNOMIAL_END
@@ -397,6 +397,18 @@ class RunConfig(Section):
                 "follows from how much the microbatches of a direction disagree.",
                 "Set microbatches to 2 or more, and optimizer.max_directions to directions or more.",
             )
+        if self.optimizer.normalize == "curvature" and not self.differentiable:
+            raise fault(
+                "optimizer.normalize",
+                f"A loss has a curvature, and {self.objective} has steps.",
+                "Set optimizer.normalize to second_moment or loss_deviation.",
+            )
+        if self.optimizer.normalize == "curvature" and isinstance(self.trainable, TrainableBlocks):
+            raise fault(
+                "optimizer.normalize",
+                "Blocks that take turns have a curvature each, and one running mean is kept.",
+                "Set optimizer.normalize to second_moment, or train without turns.",
+            )
         if self.optimizer.normalize == "curvature" and self.estimator not in ("spsa", "one_sided"):
             raise fault(
                 "optimizer.normalize",
@@ -404,6 +416,7 @@ class RunConfig(Section):
                 "Set estimator to spsa or one_sided, or optimizer.normalize to second_moment.",
             )
         compared = self.optimizer.normalize == "loss_deviation" or self.optimizer.shaping in (
+            "centered",
             "zscore",
             "rank",
             "guided",

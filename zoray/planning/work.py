@@ -149,10 +149,11 @@ def _forwards(config: RunConfig, model: nn.Module, directions: ShadowDirections,
         batch = _batch(config, rows)
         held_out = _batch(config, config.per_device_eval_batch_size * config.task.rows_per_example(held_out=True))
 
+    # A function of the user's looks at all logits.
+    head = "full" if ":" in config.objective else config.head
+
     def proof() -> None:
-        made = prove(
-            model, directions, batch, rows, signs=config.proved_signs, head=config.head, epsilon=config.epsilon
-        )
+        made = prove(model, directions, batch, rows, signs=config.proved_signs, head=head, epsilon=config.epsilon)
         found.append(made)
 
     counter.count("proof of the fast paths", proof, batch.values())

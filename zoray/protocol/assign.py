@@ -114,7 +114,12 @@ def _next_item(state: State, beside: Item | None = None) -> Item | None:
 
 
 def together(one: Item, other: Item) -> bool:
-    """Whether one replica may run both at the same time: its processes gather each other's weights as they go along."""
+    """Whether one replica may run both at the same time: its processes gather each other's weights as they go along.
+
+    So they must take the same number of forwards, and a whole probe may take two.
+    """
+    if Kind.PROBE in (one.kind, other.kind):
+        return one.kind is other.kind
     return (one.kind.probing and other.kind.probing) or one.kind is other.kind is Kind.EVAL
 
 

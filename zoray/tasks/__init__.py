@@ -52,7 +52,7 @@ def batch_for(task: Task, config: RunConfig, step: int, direction: int, microbat
         step,
         0 if shared else direction,
         microbatch,
-        directions=1 if shared else config.directions,
+        directions=1 if shared else config.most_directions,
         microbatches=config.microbatches,
         batch_size=config.per_direction_batch_size,
     )
