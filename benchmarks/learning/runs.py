@@ -12,6 +12,7 @@ import torch
 from benchmarks.learning import tasks
 from benchmarks.learning.methods import METHODS
 from benchmarks.learning.tasks import Task
+from zoray.errors import NumericsError
 
 TUNING = (101,)
 """Seeds that choose the learning rate."""
@@ -78,7 +79,10 @@ def train(run: Run) -> tuple[Outcome, float]:
     passes = number = 0
     while passes < task.budget:
         rate = run.rate * (1 - passes / task.budget if method.schedule == "linear" else 1)
-        losses.append(step(number, rate))
+        try:
+            losses.append(step(number, rate))
+        except NumericsError:
+            return Outcome(tuple(curve), True), time.perf_counter() - started
         number += 1
         passes += method.forwards
         if due(passes, method.forwards, task):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,35 @@ def test_a_run_is_repeatable(method: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert first.curve[1:] == second.curve[1:]
     assert [point[0] for point in first.curve] == [0, Short.budget]
     assert first.final == first.curve[-1][2] != first.curve[0][2]
+
+
+def test_a_run_whose_update_cannot_be_written_down_has_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.tasks, "get", lambda name: Short())
+    found, _ = train(Run("sequence", "rank1", 1e45, 1))
+    assert found.diverged and found.final == math.inf and len(found.curve) == 1
+
+
+def test_runs_are_made_once_and_a_failure_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Run] = []
+
+    def work(run: Run) -> tuple[Outcome, float]:
+        made.append(run)
+        if run.seed == EVALUATION[1]:
+            raise ValueError("a run that fails")
+        return outcome(1.0, run.rate), 0.0
+
+    monkeypatch.setattr(workers, "train", work)
+    monkeypatch.setattr(workers, "pool", ThreadPoolExecutor)
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(RuntimeError, match="seed=2"):
+        workers.make_missing(["sequence/rank1"], 2, math.inf, path)
+    assert len(made) == len(set(made)) == len(store.read(path)) + 1
+    first = len(made)
+    workers.make_missing(["sequence/rank1"], 1, 0.0, path)
+    assert len(made) == first
+    with pytest.raises(RuntimeError):
+        workers.make_missing(["sequence/rank1"], 1, math.inf, path)
+    assert made[first:] == [run for run in made[:first] if run.seed == EVALUATION[1]]
 
 
 def test_methods_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
