@@ -138,7 +138,8 @@ def pairs(cells: Cells) -> Iterator[str]:
 def rates(cells: Cells) -> Iterator[str]:
     """Every grid: the learning rates and what they came to."""
     yield "### Learning rates\n"
-    yield f"{RATES} rates, each √10 times the one before; where the best was at an edge, up to {EXTENSIONS} more."
+    yield f"{RATES} rates, each √10 times the one before; where the best was at an edge, up to {EXTENSIONS} more;"
+    yield "then the two halfway to the best's neighbours."
     yield "Mean held-out loss at the end over the tuning seeds; ∞: diverged.\n"
     yield "![final loss against learning rate](learning/rates.svg)\n"
     yield "| task | method | rate: loss |"

@@ -84,8 +84,11 @@ def test_what_is_missing_is_made_and_nothing_else() -> None:
     assert [run.rate for run in first if run.seed == TUNING[0]] == rates and {run.seed for run in first} == set(TUNING)
     assert list(wanted(results, cells, flying=first[:2])) == first[2:]
     fill(results, dict(zip(rates, [0.9, 0.7, 0.6, 0.8, math.inf], strict=True)))
+    between = [rate for rate in grid(rates[2], 3, 10**0.25) if rate not in rates]
+    assert sorted({run.rate for run in wanted(results, cells)}) == between
+    fill(results, {between[0]: 0.7, between[1]: 0.5})
     second = list(wanted(results, cells))
-    assert second == [Run("sequence", "rank1", rates[2], seed) for seed in EVALUATION]
+    assert second == [Run("sequence", "rank1", between[1], seed) for seed in EVALUATION]
     results |= dict.fromkeys(second, outcome(1.0, 0.6))
     assert list(wanted(results, cells)) == []
 
@@ -97,11 +100,19 @@ def test_grid_grows_while_the_best_is_at_its_edge() -> None:
     best, more = tuned(results, "sequence", "rank1")
     assert best is None and more[1:] == rates and more[0] == pytest.approx(rates[0] / math.sqrt(10), rel=1e-2)
     fill(results, {more[0]: 0.55})
-    assert tuned(results, "sequence", "rank1") == (rates[0], more)
-    for _ in range(runs.EXTENSIONS):
-        fill(results, {rate: 0.1 + rate for rate in more})
-        best, more = tuned(results, "sequence", "rank1")
-    assert best == more[0] and len(more) == runs.RATES + runs.EXTENSIONS
+    best, finer = tuned(results, "sequence", "rank1")
+    assert best is None and len(finer) == len(more) + 2
+    fill(results, dict.fromkeys(set(finer) - set(more), 0.6))
+    assert tuned(results, "sequence", "rank1") == (rates[0], finer)
+
+
+def test_grid_stops_growing() -> None:
+    results: dict[Run, Outcome] = {}
+    best, rates = tuned(results, "sequence", "rank1")
+    while best is None:
+        fill(results, {rate: 0.1 + rate for rate in rates})
+        best, rates = tuned(results, "sequence", "rank1")
+    assert best == rates[0] and len(rates) == runs.RATES + runs.EXTENSIONS + 2
 
 
 def test_a_diverged_seed_rules_a_rate_out() -> None:
