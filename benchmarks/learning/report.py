@@ -54,15 +54,16 @@ def report() -> None:
     """Write all of it."""
     results = read()
     cells = {(task, method): cell(results, task, method) for task in tasks.VERSIONS for method in METHODS}
+    # First, while the tree is still as it was committed: the section says of which commit it is.
+    write_section(
+        "learning", "Learning per forward pass", "python -m benchmarks.learning", list(figures(results, cells))
+    )
     measured = list(lines(fidelity.RESULTS))
     plot_all(cells, measured)
     text = "\n".join([*curves(cells), *pairs(cells), *rates(cells), *fidelities(measured)])
     page = PAGE.read_text(encoding="utf-8")
     pattern = re.compile(r"(<!-- learning -->\n).*?(\n<!-- /learning -->)", re.DOTALL)
     PAGE.write_text(pattern.sub(lambda match: match[1] + text + match[2], page), encoding="utf-8")
-    write_section(
-        "learning", "Learning per forward pass", "python -m benchmarks.learning", list(figures(results, cells))
-    )
 
 
 def figures(results: Results, cells: Cells) -> Iterator[Row]:
