@@ -101,9 +101,13 @@ class Zoray(Method):
 
     @property
     def forwards(self) -> int:
-        """Two for each direction; one-sided, one for each and one more. The curvature takes another."""
-        probes = 2 * self.directions if self.estimator == "spsa" else self.directions + 1
-        return probes + int(self.optimizer.wants_curvature)
+        """As many as the library really makes: two for each direction; one-sided, one for each and one more.
+
+        The curvature takes two, since both signs go through one forward there too; one-sided, three losses of its own.
+        """
+        if self.estimator == "spsa":
+            return 2 * self.directions + 2 * self.optimizer.wants_curvature
+        return self.directions + 1 + 3 * self.optimizer.wants_curvature
 
     def middle(self, task: Task) -> float:
         """Of the task, or the optimizer's own."""

@@ -27,7 +27,8 @@ def plot_all(cells: Mapping[tuple[str, str], Cell], measured: list[dict[str, Any
     FOLDER.mkdir(exist_ok=True)
     with pyplot.rc_context({"svg.hashsalt": "zoray", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
         for task in tasks.VERSIONS:
-            _curves(task, cells)
+            if any(cells[task, method].lasting for method in METHODS):
+                _curves(task, cells)
         _rates(cells)
         _fidelity(measured)
 

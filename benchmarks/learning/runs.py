@@ -12,6 +12,7 @@ import torch
 from benchmarks.learning import tasks
 from benchmarks.learning.methods import METHODS
 from benchmarks.learning.tasks import Task
+from zoray.errors import NumericsError
 
 TUNING = (101,)
 """Seeds that choose the learning rate."""
@@ -78,7 +79,10 @@ def train(run: Run) -> tuple[Outcome, float]:
     passes = number = 0
     while passes < task.budget:
         rate = run.rate * (1 - passes / task.budget if method.schedule == "linear" else 1)
-        losses.append(step(number, rate))
+        try:
+            losses.append(step(number, rate))
+        except NumericsError:
+            return Outcome(tuple(curve), True), time.perf_counter() - started
         number += 1
         passes += method.forwards
         if due(passes, method.forwards, task):
@@ -94,9 +98,9 @@ def due(passes: int, added: int, task: Task) -> bool:
     return passes // task.interval > (passes - added) // task.interval
 
 
-def grid(middle: float, count: int = RATES) -> list[float]:
-    """Rates around the middle, each `FACTOR` times the one before, to three digits: they are part of a run's name."""
-    return [float(f"{middle * FACTOR ** (index - count // 2):.3g}") for index in range(count)]
+def grid(middle: float, count: int = RATES, factor: float = FACTOR) -> list[float]:
+    """Rates around the middle, each `factor` times the one before, to three digits: they are part of a run's name."""
+    return [float(f"{middle * factor ** (index - count // 2):.3g}") for index in range(count)]
 
 
 def mean_final(results: Results, task: str, method: str, rate: float, seeds: Iterable[int]) -> float | None:
@@ -106,21 +110,26 @@ def mean_final(results: Results, task: str, method: str, rate: float, seeds: Ite
 
 
 def tuned(results: Results, task: str, method: str) -> tuple[float | None, list[float]]:
-    """The best rate of a grid whose tuning runs are all there, else None; and the rates that are wanted."""
+    """The best rate of a grid whose tuning runs are all there, else None; and the rates it wants.
+
+    First a coarse grid, which grows while its best is at an edge; then the two rates halfway to its neighbours.
+    """
     rates = grid(METHODS[method].middle(tasks.get(task)))
-    for _ in range(EXTENSIONS + 1):
-        if not all(Run(task, method, rate, seed) in results for rate in rates for seed in TUNING):
-            return None, rates
-        means = {rate: mean_final(results, task, method, rate, TUNING) for rate in rates}
-        best = min(rates, key=lambda rate: (means[rate], rate))
-        if best not in (rates[0], rates[-1]) or len(rates) == RATES + EXTENSIONS:
-            break
-        rates = [
-            *([grid(best, 3)[0]] if best == rates[0] else []),
-            *rates,
-            *([grid(best, 3)[2]] if best == rates[-1] else []),
-        ]
-    return best, rates
+    best = _best(results, task, method, rates)
+    while best in (rates[0], rates[-1]) and len(rates) < RATES + EXTENSIONS:
+        rates = sorted({*rates, grid(best, 3)[0 if best == rates[0] else 2]})
+        best = _best(results, task, method, rates)
+    if best is None:
+        return None, rates
+    rates = sorted({*rates, *grid(best, 3, math.sqrt(FACTOR))})
+    return _best(results, task, method, rates), rates
+
+
+def _best(results: Results, task: str, method: str, rates: Sequence[float]) -> float | None:
+    """The rate with the least mean loss, the smaller of two that are equal; None if a tuning run is missing."""
+    if not all(Run(task, method, rate, seed) in results for rate in rates for seed in TUNING):
+        return None
+    return min(rates, key=lambda rate: (mean_final(results, task, method, rate, TUNING), rate))
 
 
 def wanted(results: Results, cells: Sequence[tuple[str, str]], flying: Iterable[Run] = ()) -> Iterator[Run]:

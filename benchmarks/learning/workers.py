@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -23,24 +24,35 @@ from benchmarks.learning.tasks import VERSIONS
 
 
 def make_missing(only: list[str], workers: int, seconds: float, results: Path | None) -> None:
-    """Make runs until none is missing or the time is up."""
+    """Make runs until none is missing or the time is up.
+
+    Raises:
+        RuntimeError: at the end, if there were runs that failed; the others were made all the same.
+    """
     path, started, code = results or RESULTS, time.perf_counter(), commit()
     with FileLock(f"{path}.lock", blocking=False), pool(workers) as processes:
         flying: dict[Future[tuple[Outcome, float]], Run] = {}
+        failed: list[Run] = []
         while True:
             if time.perf_counter() - started < seconds:
-                for run in islice(wanted(read(path), cells(only), flying.values()), workers - len(flying)):
+                for run in islice(wanted(read(path), cells(only), [*flying.values(), *failed]), workers - len(flying)):
                     flying[processes.submit(train, run)] = run
             if not flying:
-                return
+                break
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
                 run = flying.pop(future)
+                if fault := future.exception():
+                    failed.append(run)
+                    traceback.print_exception(fault)
+                    continue
                 outcome, took = future.result()
                 append(run, outcome, took, code, path)
                 print(
                     f"{run.task}/{run.method} rate {run.rate} seed {run.seed}: {outcome.final:.4f}, {took:.0f} s",
                     flush=True,
                 )
+    if failed:
+        raise RuntimeError(f"failed, each for the reason above: {failed}")
 
 
 def cells(only: list[str]) -> list[tuple[str, str]]:

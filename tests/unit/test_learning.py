@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning import fidelity, methods, runs, store, summary, workers
+from benchmarks.learning import fidelity, runs, store, summary, workers
 from benchmarks.learning.methods import METHODS, MeZO, Zoray
 from benchmarks.learning.runs import EVALUATION, TUNING, Outcome, Run, grid, train, tuned, wanted
 from benchmarks.learning.sequence import BLANK, DOWNWARDS, Sequence, examples
 from benchmarks.learning.statistics import effective_dimension, estimate, expected_cosine, first_below, paired
-from benchmarks.learning.tasks import mean_loss, scores
+from benchmarks.learning.tasks import ROWS, mean_loss, scores
 
 NAN = math.nan
 
@@ -83,8 +84,11 @@ def test_what_is_missing_is_made_and_nothing_else() -> None:
     assert [run.rate for run in first if run.seed == TUNING[0]] == rates and {run.seed for run in first} == set(TUNING)
     assert list(wanted(results, cells, flying=first[:2])) == first[2:]
     fill(results, dict(zip(rates, [0.9, 0.7, 0.6, 0.8, math.inf], strict=True)))
+    between = [rate for rate in grid(rates[2], 3, 10**0.25) if rate not in rates]
+    assert sorted({run.rate for run in wanted(results, cells)}) == between
+    fill(results, {between[0]: 0.7, between[1]: 0.5})
     second = list(wanted(results, cells))
-    assert second == [Run("sequence", "rank1", rates[2], seed) for seed in EVALUATION]
+    assert second == [Run("sequence", "rank1", between[1], seed) for seed in EVALUATION]
     results |= dict.fromkeys(second, outcome(1.0, 0.6))
     assert list(wanted(results, cells)) == []
 
@@ -96,11 +100,19 @@ def test_grid_grows_while_the_best_is_at_its_edge() -> None:
     best, more = tuned(results, "sequence", "rank1")
     assert best is None and more[1:] == rates and more[0] == pytest.approx(rates[0] / math.sqrt(10), rel=1e-2)
     fill(results, {more[0]: 0.55})
-    assert tuned(results, "sequence", "rank1") == (rates[0], more)
-    for _ in range(runs.EXTENSIONS):
-        fill(results, {rate: 0.1 + rate for rate in more})
-        best, more = tuned(results, "sequence", "rank1")
-    assert best == more[0] and len(more) == runs.RATES + runs.EXTENSIONS
+    best, finer = tuned(results, "sequence", "rank1")
+    assert best is None and len(finer) == len(more) + 2
+    fill(results, dict.fromkeys(set(finer) - set(more), 0.6))
+    assert tuned(results, "sequence", "rank1") == (rates[0], finer)
+
+
+def test_grid_stops_growing() -> None:
+    results: dict[Run, Outcome] = {}
+    best, rates = tuned(results, "sequence", "rank1")
+    while best is None:
+        fill(results, {rate: 0.1 + rate for rate in rates})
+        best, rates = tuned(results, "sequence", "rank1")
+    assert best == rates[0] and len(rates) == runs.RATES + runs.EXTENSIONS + 2
 
 
 def test_a_diverged_seed_rules_a_rate_out() -> None:
@@ -165,20 +177,60 @@ class Short(Sequence):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.tasks, "get", lambda name: Short())
-    task = Short()
-    passes = METHODS[method].forwards
-    found, _ = train(Run("sequence", method, METHODS[method].middle(task), 1))
-    assert found.curve[-1][0] == -(-task.budget // passes) * passes
-    assert found.curve[-1][2] != found.curve[0][2] and math.isfinite(found.final)
+def test_every_method_trains_with_the_passes_it_says(method: str) -> None:
+    task, how = Short(), METHODS[method]
+    model, counted = task.model(), list[int]()
+    step = how.start(model, lambda number: task.batch(1, number), 1)
+    step(0, 1e-6)  # which also proves the paths
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def count(module: torch.nn.Module, args: object, options: dict[str, torch.Tensor]) -> None:
+        counted.append(len(options["input_ids"]))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    loss = step(1, how.middle(task))
+    assert 0 < loss < 2
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    backward = 2 if method == "adamw" else 0
+    assert sum(counted) == (how.forwards - backward) * ROWS
 
 
 @pytest.mark.parametrize("method", ["mezo", "rank1"])
 def test_a_run_is_repeatable(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs.tasks, "get", lambda name: Short())
-    first, second = (train(Run("sequence", method, 1e-3, 1))[0] for _ in range(2))
+    first, second = (train(Run("sequence", method, 1e-4, 1))[0] for _ in range(2))
     assert first.curve[1:] == second.curve[1:]
+    assert [point[0] for point in first.curve] == [0, Short.budget]
+    assert first.final == first.curve[-1][2] != first.curve[0][2]
+
+
+def test_a_run_whose_update_cannot_be_written_down_has_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.tasks, "get", lambda name: Short())
+    found, _ = train(Run("sequence", "rank1", 1e45, 1))
+    assert found.diverged and found.final == math.inf and len(found.curve) == 1
+
+
+def test_runs_are_made_once_and_a_failure_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Run] = []
+
+    def work(run: Run) -> tuple[Outcome, float]:
+        made.append(run)
+        if run.seed == EVALUATION[1]:
+            raise ValueError("a run that fails")
+        return outcome(1.0, run.rate), 0.0
+
+    monkeypatch.setattr(workers, "train", work)
+    monkeypatch.setattr(workers, "pool", ThreadPoolExecutor)
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(RuntimeError, match="seed=2"):
+        workers.make_missing(["sequence/rank1"], 2, math.inf, path)
+    assert len(made) == len(set(made)) == len(store.read(path)) + 1
+    first = len(made)
+    workers.make_missing(["sequence/rank1"], 1, 0.0, path)
+    assert len(made) == first
+    with pytest.raises(RuntimeError):
+        workers.make_missing(["sequence/rank1"], 1, math.inf, path)
+    assert made[first:] == [run for run in made[:first] if run.seed == EVALUATION[1]]
 
 
 def test_methods_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,13 +257,6 @@ def test_float_scalars_are_what_int8_rounds() -> None:
         moved[scalars] = torch.cat([(p - before[name]).flatten() for name, p in model.named_parameters()]).detach()
     gap = (moved["int8"] - moved["float32"]).norm() / moved["float32"].norm()
     assert 0 < gap < 0.02
-
-
-def test_sign_keeps_only_the_sign() -> None:
-    from zoray.aggregate import ProbeResult
-
-    values = [methods.signed(ProbeResult(0, 0, 0, g, 1.0)).projected_gradient for g in (-3.5, 0.0, 0.1)]
-    assert values == [-1.0, 0.0, 1.0]
 
 
 def test_mezo_comes_back_to_where_it_was() -> None:
