@@ -186,7 +186,7 @@ def test_what_takes_one_forward_is_not_given_beside_what_may_take_two() -> None:
     """The processes of one replica gather each other's weights, forward by forward."""
     run = Driver(settings(directions=3, optimizer=Optimizer(normalize="curvature")))
     (first,) = join(run, "a", 4)
-    assert everything(first) == [Item(Kind.CENTRE, 0)]
+    assert everything(first) == (Item(Kind.CENTRE, 0),)
     (then,) = of(Assign, run.feed(Answer("a", first.item, SideLoss(1.0, 0.0, 0.0))))
     assert [item.kind for item in everything(then)] == [Kind.PROBE] * 3
 
