@@ -22,7 +22,9 @@ class StarvedReplica(ReplicaActor):
     """One whose process gets no more memory from some moment on."""
 
     def starve(self) -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms, resource.RLIM_INFINITY))
+        # What is small, as a thread's stack, is not what is to fail.
+        enough = psutil.Process().memory_info().vms + (16 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (enough, resource.RLIM_INFINITY))
 
 
 class StarvedFromTheStart(StarvedReplica):

@@ -110,11 +110,11 @@ def test_weights_cross_their_limits() -> None:
     covers=st.sampled_from(sorted(COVERAGES)),
     dtype=st.sampled_from(DTYPES),
     rank=st.sampled_from([1, 3]),
-    block=st.sampled_from([1, 7, 64, 301, 1 << 19]),
+    block=st.sampled_from([7, 64, 301, 1 << 19]),
     cuts=st.lists(st.integers(0, 2309), max_size=4),
     borders=st.lists(st.integers(0, 8), max_size=4),
 )
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_any_split_of_weights_and_commits_gives_the_same_bits(
     covers: str, dtype: torch.dtype, rank: int, block: int, cuts: list[int], borders: list[int]
 ) -> None:

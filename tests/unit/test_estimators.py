@@ -305,7 +305,9 @@ def test_a_prober_whose_signs_share_a_forward_has_no_sides() -> None:
     replica = made(model, "spsa")
     assert replica.prove(batch_for(model)).batched
     with pytest.raises(ModelError, match="signs: sequential"):
-        replica.side(0, 0, batch_for(model), 1e-3, 0)
+        replica.side(0, 0, batch_for(model), 1e-3, 1)
+    # At the weights there is no sign: both halves are the same.
+    assert replica.side(0, 0, batch_for(model), 1e-3, 0) == pytest.approx(replica.evaluate(batch_for(model)).mean())
     assert not made(model, "one_sided").prove(batch_for(model)).batched
 
 
