@@ -14,7 +14,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 TESTS := tests/integration tests/unit tests/simulation
 
-.PHONY: help .venv quickstart test test-ray test-alone cluster rehearsal nvme soak gpu lint format bench docs clean
+.PHONY: help .venv quickstart test test-ray test-alone test-beside cluster rehearsal nvme soak gpu lint format bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[.a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,14 +30,17 @@ quickstart: .venv/.stamp ## fine-tune a real model on real text, about three min
 	$(BIN)/python -m launch.quickstart
 
 test: .venv/.stamp ## integration, unit and simulation tests: those that start Ray, and beside them those that do not
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-ray test-alone
+	$(MAKE) --no-print-directory --jobs 3 --output-sync=target test-ray test-alone test-beside
 
 test-ray: .venv/.stamp
 	$(BIN)/python -m pytest -m "not gpu" -o cache_dir=.pytest_cache/ray tests/integration
 
-# Ray's workers are nice, and would starve beside one that is not.
+# Ray's workers are nice, and would starve beside one that is not. Two, since Ray's tests wait half of the time.
 test-alone: .venv/.stamp
-	nice -n 19 $(BIN)/python -m pytest -m "not gpu" tests/unit tests/simulation
+	nice -n 19 $(BIN)/python -m pytest -m "not gpu" -o cache_dir=.pytest_cache/alone tests/unit/test_[a-m]*.py
+
+test-beside: .venv/.stamp
+	nice -n 19 $(BIN)/python -m pytest -m "not gpu" -o cache_dir=.pytest_cache/beside tests/unit/test_[n-z]*.py tests/simulation
 
 cluster: .venv/.stamp ## several raylets, killed and drained; wants a machine that does nothing else meanwhile
 	$(BIN)/python -m pytest tests/cluster
