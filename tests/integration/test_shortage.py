@@ -21,9 +21,8 @@ WIDE: dict[str, Any] = {"per_direction_batch_size": 2048, "directions": 2, "max_
 class StarvedReplica(ReplicaActor):
     """One whose process gets no more memory from some moment on."""
 
-    def starve(self) -> None:
-        # What is small, as a thread's stack, is not what is to fail.
-        enough = psutil.Process().memory_info().vms + (16 << 20)
+    def starve(self, room: int = 0) -> None:
+        enough = psutil.Process().memory_info().vms + room
         resource.setrlimit(resource.RLIMIT_AS, (enough, resource.RLIM_INFINITY))
 
 
@@ -32,7 +31,8 @@ class StarvedFromTheStart(StarvedReplica):
 
     def _load(self) -> Any:
         loaded = super()._load()
-        self.starve()
+        # What is small, as a thread's stack, is not what is to fail; nothing of a forward has been kept yet.
+        self.starve(16 << 20)
         return loaded
 
     def introduce(self, meeting: str | None = None) -> Introduction:
