@@ -132,7 +132,9 @@ class Fleet:
         need = " and ".join(f"{amount:g} {kind}" for kind, amount in wanted)
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         alive = [node["Resources"] for node in nodes if node["Alive"]]
-        have = "; ".join(", ".join(f"{all_of.get(kind, 0):g} {kind}" for kind, _ in wanted) for all_of in alive)
+        totals = [", ".join(f"{all_of.get(kind, 0):g} {kind}" for kind, _ in wanted) for all_of in alive]
+        # Ray has them in no order.
+        have = "; ".join(sorted(totals, reverse=True))
         return ResourceError(
             f"A replica needs {need}, which no machine of the cluster has free; their totals are: {have}.",
             where="threads_per_replica, gpus_per_replica, memory.shards",

@@ -106,7 +106,7 @@ def _image() -> list[str]:
         if not prefix.startswith("/usr"):
             lines += _read_only(Path(prefix), prefix.lstrip("/"))
     lines += _read_only(ROOT, IMAGE_ROOT.lstrip("/"))
-    return [*lines, "mkdir proc sys tmp home home/zoray", "mount -t proc proc proc", "mount --rbind /sys sys"]
+    return [*lines, "mkdir -p proc sys tmp home/zoray", "mount -t proc proc proc", "mount --rbind /sys sys"]
 
 
 def _read_only(source: Path, target: str) -> list[str]:
