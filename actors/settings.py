@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from zoray.config import RunConfig
 from zoray.protocol import Settings
-from zoray.schedule import learning_rate
 from zoray.stores import is_uri
 
 _SNAPSHOT_AFTER = 5.0
@@ -19,18 +16,10 @@ STORE_PATIENCE = 3600.0
 
 def settings(config: RunConfig, eval_shards: int) -> Settings:
     """What the kernel needs of a configuration."""
-    rate = partial(
-        learning_rate,
-        learning_rate=config.learning_rate,
-        max_steps=config.max_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        warmup_ratio=config.warmup_ratio,
-    )
     return Settings(
         max_steps=config.max_steps,
         directions=config.directions,
-        learning_rate=rate,
+        learning_rate=config.rate_at,
         microbatches=config.microbatches,
         weight_decay=config.weight_decay,
         max_projected_gradient=config.max_projected_gradient,

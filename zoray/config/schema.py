@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 from typing_extensions import Self
 
+from zoray import schedule
 from zoray.commits import MOST_RUNS
 from zoray.config.estimator import EstimatorName, check_estimator
 from zoray.config.objective import OBJECTIVE, check_objective
@@ -277,6 +278,17 @@ class RunConfig(Section):
             nesterov=section.nesterov,
             momentum_window=section.momentum_window,
             width=None if most is None else Width(self.directions, most),
+        )
+
+    def rate_at(self, step: int, learning_rate: float | None = None) -> float:
+        """Learning rate of a step, with another `learning_rate` than the run's if one is given."""
+        return schedule.learning_rate(
+            step,
+            learning_rate=self.learning_rate if learning_rate is None else learning_rate,
+            max_steps=self.max_steps,
+            lr_scheduler_type=self.lr_scheduler_type,
+            warmup_steps=self.warmup_steps,
+            warmup_ratio=self.warmup_ratio,
         )
 
     @property

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from zoray.aggregate import Aggregate, ProbeResult, aggregate
 from zoray.config import RunConfig
 from zoray.optim import OptimizerState
-from zoray.schedule import learning_rate
 from zoray.tuning.grid import Trial
 from zoray.tuning.race import Rules
 
@@ -23,20 +22,12 @@ def rules_of(config: RunConfig, eval_shards: int) -> Rules:
         trial: Trial, step: int, results: Sequence[ProbeResult], previous: bytes, known: OptimizerState
     ) -> Aggregate:
         """The commit that a run of this configuration and trial would make: the schedule is that of the whole run."""
-        rate = learning_rate(
-            step,
-            learning_rate=trial.learning_rate,
-            max_steps=config.max_steps,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps,
-            warmup_ratio=config.warmup_ratio,
-        )
         return aggregate(
             step,
             results,
             directions=directions(known),
             microbatches=config.microbatches,
-            learning_rate=rate,
+            learning_rate=config.rate_at(step, trial.learning_rate),
             weight_decay=config.weight_decay,
             max_projected_gradient=config.max_projected_gradient,
             previous=previous,
