@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,14 @@ def looking_over_http(run: str, output_dir: str, http: str) -> Iterator[Look]:
     answers = asks(http, *words)
 
     def look() -> RunStatus | None:
-        said = json.loads(next(answers))
+        try:
+            said = json.loads(next(answers))
+        except ZorayError:
+            # It may have ended while it was being asked: then its folder says how.
+            with closing(asks(http, *words)) as again:
+                said = json.loads(next(again))
+            if "progress" in said:
+                raise
         if "progress" not in said:
             raise HasEnded(known_of(said))
         return status_of(said)
