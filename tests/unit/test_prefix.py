@@ -22,7 +22,8 @@ from zoray.errors import ConfigError
 from zoray.memory.spill import streamed_loading
 from zoray.memory.streamed import Streamed, Streaming
 from zoray.models import check_lengths, load_model
-from zoray.models.prefix import _activations, _in_float64, add_prefix
+from zoray.models.exact import in_float64
+from zoray.models.prefix import _activations, add_prefix
 from zoray.replica import Replica
 
 PREFIX = {"prefix": {"num_virtual_tokens": 3}}
@@ -77,7 +78,7 @@ def test_every_process_makes_the_same_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, "bert", "roberta"])
-def test_activations_are_computed_in_float64(tmp_path: Path, kind: str) -> None:
+def test_activations_are_computedin_float64(tmp_path: Path, kind: str) -> None:
     """Before they are rounded, two ways to compute attention differ by less than any float32 computation could."""
     from transformers import DynamicCache
 
@@ -88,7 +89,7 @@ def test_activations_are_computed_in_float64(tmp_path: Path, kind: str) -> None:
         model: Any = load_model(config(folder, task, attn_implementation=attention, dtype="bfloat16"), num_labels=2)
         before = {name: (id(p), bits(p)) for name, p in model.named_parameters()}
         cache: Any = DynamicCache(config=model.config)
-        with torch.no_grad(), _in_float64(model):
+        with torch.no_grad(), in_float64(model):
             model(input_ids=torch.arange(6, 12)[None], past_key_values=cache, use_cache=True)
         found.append(torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers]))
         for name, parameter in model.named_parameters():

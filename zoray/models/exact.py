@@ -1,0 +1,77 @@
+"""Forwards whose results are the same bits on every machine, for what all replicas must derive alike.
+
+No float32 forward is: its last bits depend on threads, on the kernel of attention and on the processor. So these
+compute in float64, layer by layer, and what they find is rounded so coarsely that what machines differ by is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+_FINENESS = 8
+"""Bits by which the grid that values are rounded to is finer than the largest of them."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rounded(values: torch.Tensor) -> torch.Tensor:
+    """Values (float64) on a grid of about 2^8 steps between 0 and the largest.
+
+    With errors of 1e-13 of the largest value, one in 10^10 values falls to another side on another machine.
+    """
+    exponent = int(torch.frexp(values.abs().max()).exponent)
+    grid = 2.0 ** (exponent - _FINENESS)
+    return torch.round(values / grid) * grid
+
+
+@contextmanager
+def in_float64(model: Any) -> Iterator[None]:
+    """Forwards of the model compute in float64; a module's parameters are widened for the time of its call alone."""
+    choose = getattr(model, "set_experts_implementation", lambda _: None)
+    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def widen(module: nn.Module, args: object) -> None:
+        before[module] = dict(module._parameters)
+        for name, parameter in before[module].items():
+            if parameter is not None and parameter.dtype in _FLOATS:
+                module._parameters[name] = nn.Parameter(parameter.detach().double(), requires_grad=False)
+
+    def restore(module: nn.Module, args: object, output: object) -> None:
+        module._parameters.update(before.pop(module, {}))
+
+    hooks = []
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            hooks.append(module.register_forward_pre_hook(widen))
+            hooks.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        # The others have kernels for shorter floats alone.
+        choose("eager")
+        with _Wider():
+            yield
+    finally:
+        choose(experts)
+        for hook in hooks:
+            hook.remove()
+
+
+class _Wider(TorchFunctionMode):
+    """Whoever asks for a shorter float gets float64: many models compute norms and softmax in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called instead of every torch function."""
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        wide = {name: torch.float64 if _is_short(value) else value for name, value in (kwargs or {}).items()}
+        return func(*(torch.float64 if _is_short(value) else value for value in args), **wide)
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in _FLOATS
