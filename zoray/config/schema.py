@@ -23,7 +23,7 @@ from zoray.config.sections import (
     key,
 )
 from zoray.config.tasks import TaskConfig
-from zoray.config.trainable import Trainable, TrainableBlocks, TrainablePrefix, checked
+from zoray.config.trainable import Trainable, TrainableBlocks, TrainableLora, TrainablePrefix, checked
 from zoray.config.worded import GenerationTask, WordedTask
 from zoray.optim import Optimizer, Width
 from zoray.schedule import POLYNOMIAL_END
@@ -317,12 +317,19 @@ class RunConfig(Section):
         return checked(value, "trainable") if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _prefixes_are_whole(self) -> Self:
+    def _what_begins_as_activations_is_whole(self) -> Self:
         if isinstance(self.trainable, TrainablePrefix) and isinstance(self.memory, Zero3Memory):
             raise fault(
                 "trainable.prefix",
                 "Prefixes begin as what the model makes of real tokens, which a sharded one cannot while it is loaded.",
                 "Set memory.kind to resident or streamed, or train with lora.",
+            )
+        lora = self.trainable.lora if isinstance(self.trainable, TrainableLora) else None
+        if lora and lora.init_lora_weights == "activations" and isinstance(self.memory, Zero3Memory):
+            raise fault(
+                "trainable.lora.init_lora_weights",
+                "Adapters begin as inputs of the model, which a sharded one cannot find while it is loaded.",
+                "Set memory.kind to resident or streamed, or leave init_lora_weights out.",
             )
         return self
 

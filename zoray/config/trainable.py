@@ -27,6 +27,13 @@ class LoraConfig(Section):
         min_length=1,
     )
     bias: Literal["none", "all", "lora_only"] = key("none", "Which biases are trained beside them.", mathematics=True)
+    init_lora_weights: Literal["default", "activations"] = key(
+        "default",
+        "What A begins as: `peft`'s random numbers, or inputs of the module itself (`activations`), one for each of "
+        "`r` texts of random tokens. A is then frozen and only B trained, which takes fewer forwards (see "
+        "docs/learning.md). Not for sharded replicas.",
+        mathematics=True,
+    )
 
 
 class PrefixConfig(Section):

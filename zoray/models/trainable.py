@@ -16,6 +16,7 @@ from zoray.config import (
     TrainableSparse,
 )
 from zoray.errors import ConfigError, ModelError
+from zoray.models.activations import freeze, freeze_inputs, random_texts
 from zoray.models.words import reason, some
 from zoray.selection import Rotation, Selection, SmallWeights
 
@@ -116,9 +117,11 @@ def task_type(library: Any, config: RunConfig) -> Any:
 def add_adapters(model: Any, lora: LoraConfig, config: RunConfig, new: list[str]) -> nn.Module:
     """Wraps the model with LoRA adapters in its own dtype; the modules of `new` parameters are trained with them.
 
+    Those of a model on the device "meta" have no values.
+
     Raises:
         ModelError: `peft` is not installed.
-        ConfigError: `target_modules` matches nothing.
+        ConfigError: `target_modules` matches nothing, or modules that cannot begin as `init_lora_weights` says.
     """
     library = peft("lora")
     adapters = library.LoraConfig(
@@ -129,6 +132,9 @@ def add_adapters(model: Any, lora: LoraConfig, config: RunConfig, new: list[str]
         task_type=task_type(library, config),
         modules_to_save=_new_modules(new) or None,
     )
+    there = next(model.parameters()).device.type != "meta"
+    # Before peft draws any numbers.
+    texts = random_texts(model, lora.r) if there and lora.init_lora_weights == "activations" else None
     try:
         wrapped: nn.Module = library.get_peft_model(model, adapters, autocast_adapter_dtype=False)
     except ValueError as error:
@@ -138,6 +144,10 @@ def add_adapters(model: Any, lora: LoraConfig, config: RunConfig, new: list[str]
             where="trainable.lora.target_modules",
             advice=f"Name endings of modules such as {some(matrices)}; or use all-linear.",
         ) from error
+    if texts is not None:
+        freeze_inputs(wrapped, lora.r, texts)
+    elif lora.init_lora_weights == "activations":
+        freeze(wrapped)
     return wrapped
 
 
