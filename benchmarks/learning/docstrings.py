@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from benchmarks.learning.recipes import recipe
 from benchmarks.learning.tasks import Batch, Task, rows, sample
+from zoray.models.activations import freeze_inputs
 
 _FOLDER = Path(__file__).parent / "docstrings-data"
 _LENGTH = 16
@@ -81,14 +82,22 @@ class Docstrings(Task):
         """The upper layers with fresh adapters, and a head of zeros."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        encoder = _encoder()
-        encoder.embeddings, encoder.encoder.layer = Given(), encoder.encoder.layer[_FROZEN:]
-        some = rows(self.train, slice(_CENTRED))
-        with torch.no_grad():
-            middle = pool(encoder, some["inputs_embeds"], some["attention_mask"]).mean(0)
+        model = _plain(self.train)
         torch.manual_seed(0)
         lora = LoraConfig(r=4, lora_alpha=8, target_modules=["query", "key", "value", "dense"])
-        return Classifier(inject_adapter_in_model(lora, encoder), middle, int(self.train["labels"].max()) + 1).eval()
+        inject_adapter_in_model(lora, model.encoder)
+        return model.eval()
+
+    def adapted(self, r: int = 16) -> nn.Module:
+        """The upper layers and the head with adapters of inputs in place of its own: there is no vocabulary here."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model = _plain(self.train)
+        lora = LoraConfig(r=r, lora_alpha=r, target_modules=["query", "key", "value", "dense", "head"])
+        wrapped = inject_adapter_in_model(lora, model.requires_grad_(False))
+        some = rows(self.train, slice(r))
+        freeze_inputs(wrapped, r, {name: value for name, value in some.items() if name != "labels"})
+        return wrapped.eval()
 
     @cached_property
     def train(self) -> Batch:
@@ -115,6 +124,16 @@ class Docstrings(Task):
         labels = torch.tensor([names.index(each["label"]) for each in examples])
         mask = encoded["attention_mask"]
         return {"inputs_embeds": _lower(encoded["input_ids"], mask), "attention_mask": mask, "labels": labels}
+
+
+def _plain(train: Batch) -> Classifier:
+    """The upper layers, frozen, and a head of zeros."""
+    encoder = _encoder()
+    encoder.embeddings, encoder.encoder.layer = Given(), encoder.encoder.layer[_FROZEN:]
+    some = rows(train, slice(_CENTRED))
+    with torch.no_grad():
+        middle = pool(encoder, some["inputs_embeds"], some["attention_mask"]).mean(0)
+    return Classifier(encoder, middle, int(train["labels"].max()) + 1)
 
 
 def _minilm() -> str:

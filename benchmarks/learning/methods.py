@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import zoray
-from benchmarks.learning.tasks import Batch, Task, mean_loss
+from benchmarks.learning.tasks import ROWS, Batch, Task, mean_loss
 from benchmarks.mezo import descend, normals
 from zoray.aggregate import ProbeResult
 from zoray.optim import SGD, Optimizer
@@ -36,18 +36,31 @@ class Method(ABC):
         title: what a reader is told.
         rate: middle of the grid of learning rates, relative to that of one direction per step.
         schedule: "constant", or "linear" to 0.
+        fixed: the one learning rate it is run with, untuned; None: it is tuned like the others.
+        rows: of a batch.
+        share: of the task's budget.
+        inputs: adapters that begin as inputs are trained in place of what the task trains (`Task.adapted`).
         version: raised whenever the method changes; results of other versions do not count.
     """
 
     title: str
     rate: float = 1.0
     schedule: Literal["constant", "linear"] = "constant"
+    fixed: float | None = None
+    rows: int = ROWS
+    share: float = 1.0
+    inputs: bool = False
     version: int = 1
 
     @property
+    def forwards(self) -> float:
+        """Forward passes of a step, of `ROWS` rows each."""
+        return self.evaluations * self.rows / ROWS
+
+    @property
     @abstractmethod
-    def forwards(self) -> int:
-        """Forward passes of a step."""
+    def evaluations(self) -> int:
+        """Forward passes of a step, of `rows` rows each."""
 
     @abstractmethod
     def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
@@ -63,7 +76,7 @@ class MeZO(Method):
     """Algorithm 1 of Malladi et al. 2023, as published (`benchmarks.mezo`)."""
 
     dtype: torch.dtype = torch.float32
-    forwards: int = 2
+    evaluations: int = 2
 
     def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
         """The weights are perturbed in place, and updated in their own dtype."""
@@ -100,7 +113,7 @@ class Zoray(Method):
     unit: float | None = None
 
     @property
-    def forwards(self) -> int:
+    def evaluations(self) -> int:
         """As many as the library really makes: two for each direction; one-sided, one for each and one more.
 
         The curvature takes two, since both signs go through one forward there too; one-sided, three losses of its own.
@@ -140,7 +153,7 @@ class Zoray(Method):
 class AdamW(Method):
     """Backpropagation with AdamW: what forward passes alone are measured against from above."""
 
-    forwards: int = 3
+    evaluations: int = 3
 
     def middle(self, task: Task) -> float:
         """The task's own."""
@@ -182,11 +195,21 @@ HALF = torch.bfloat16
 MOMENT = Optimizer(normalize="second_moment")
 CURVED = Optimizer(normalize="curvature")
 ONE_SIDED = Optimizer(normalize="curvature", shaping="centered")
+DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear"}
+"""What `zoray train` does where nothing is said (`zoray.config`)."""
+THIRD = 1 / 3
 
 METHODS: dict[str, Method] = {
     "mezo": MeZO(title="MeZO as published: Gaussian, float32, one direction"),
     "rank1": Zoray(title="rank-1, K = 16, int8", rate=10),
     "dense": Zoray(title="dense Rademacher, K = 16, int8", rate=10, replica=DENSE),
+    "default": Zoray(title="zoray's defaults: rank-1, K = 16, 4 rows, curvature, rate 0.1, linear", **DEFAULT),
+    "default-third": Zoray(title="zoray's defaults, a third of the passes", **DEFAULT, share=THIRD),
+    "inputs": Zoray(title="zoray's defaults, adapters of inputs", **DEFAULT, inputs=True),
+    "inputs-third": Zoray(
+        title="zoray's defaults, adapters of inputs, a third of the passes", **DEFAULT, inputs=True, share=THIRD
+    ),
+    "rank1-rows": Zoray(title="rank-1, K = 16, 4 rows", rate=10, rows=4),
     "adamw": AdamW(title="AdamW by backpropagation"),
     "one-curved": Zoray(
         title="one-sided, K = 16, curvature, linear schedule",

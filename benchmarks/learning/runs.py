@@ -72,20 +72,21 @@ def train(run: Run) -> tuple[Outcome, float]:
     started = time.perf_counter()
     # Adapters and dropout aside, nothing may draw from torch's own generator; a run must not depend on those before it.
     torch.manual_seed(run.seed)
-    model = task.model()
+    model = task.adapted() if method.inputs else task.model()
+    budget = task.budget * method.share
     curve: list[Point] = [(0, math.nan, *task.evaluate(model))]
-    step = method.start(model, lambda index: task.batch(run.seed, index), run.seed)
+    step = method.start(model, lambda index: task.batch(run.seed, index, method.rows), run.seed)
     losses: list[float] = []
-    passes = number = 0
-    while passes < task.budget:
-        rate = run.rate * (1 - passes / task.budget if method.schedule == "linear" else 1)
+    passes, number = 0.0, 0
+    while passes < budget:
+        rate = run.rate * (1 - passes / budget if method.schedule == "linear" else 1)
         try:
             losses.append(step(number, rate))
         except NumericsError:
             return Outcome(tuple(curve), True), time.perf_counter() - started
         number += 1
         passes += method.forwards
-        if due(passes, method.forwards, task):
+        if due(passes, method.forwards, task) or passes >= budget:
             curve.append((passes, sum(losses) / len(losses), *task.evaluate(model)))
             losses.clear()
             if not curve[-1][2] <= DIVERGED * curve[0][2]:
@@ -93,7 +94,7 @@ def train(run: Run) -> tuple[Outcome, float]:
     return Outcome(tuple(curve), False), time.perf_counter() - started
 
 
-def due(passes: int, added: int, task: Task) -> bool:
+def due(passes: float, added: float, task: Task) -> bool:
     """Whether one of the points at which a task is measured lies within the last `added` forward passes."""
     return passes // task.interval > (passes - added) // task.interval
 
@@ -114,6 +115,8 @@ def tuned(results: Results, task: str, method: str) -> tuple[float | None, list[
 
     First a coarse grid, which grows while its best is at an edge; then the two rates halfway to its neighbours.
     """
+    if (fixed := METHODS[method].fixed) is not None:
+        return fixed, [fixed]
     rates = grid(METHODS[method].middle(tasks.get(task)))
     best = _best(results, task, method, rates)
     while best in (rates[0], rates[-1]) and len(rates) < RATES + EXTENSIONS:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
+
+from zoray.models.activations import freeze_inputs, random_texts
 
 Batch = dict[str, torch.Tensor]
 IGNORED = -100
@@ -43,6 +45,18 @@ class Task(ABC):
     def model(self) -> nn.Module:
         """The pretrained model, float32, in eval mode; parameters that are not trained do not require a gradient."""
 
+    def adapted(self, r: int = 16) -> nn.Module:
+        """The model with adapters that begin as inputs of their modules (`zoray.models.activations`), trained alone."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model: Any = self.model().requires_grad_(False)
+        torch.manual_seed(0)
+        texts = random_texts(model, r)
+        targets = ["c_attn", "c_proj", "c_fc"]
+        wrapped = inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=targets), model)
+        freeze_inputs(wrapped, r, texts)
+        return wrapped.eval()
+
     @property
     @abstractmethod
     def train(self) -> Batch:
@@ -53,9 +67,9 @@ class Task(ABC):
     def held_out(self) -> Batch:
         """The examples that are only measured on."""
 
-    def batch(self, seed: int, index: int) -> Batch:
-        """Batch number `index` of the run of `seed`, the same for every method."""
-        chosen = np.random.default_rng([seed, index]).integers(0, len(self.train["labels"]), ROWS)
+    def batch(self, seed: int, index: int, count: int = ROWS) -> Batch:
+        """The first rows of batch number `index` of the run of `seed`, the same for every method."""
+        chosen = np.random.default_rng([seed, index]).integers(0, len(self.train["labels"]), ROWS)[:count]
         return rows(self.train, chosen)
 
     def evaluate(self, model: nn.Module) -> tuple[float, float]:

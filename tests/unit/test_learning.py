@@ -16,7 +16,7 @@ from benchmarks.learning.methods import METHODS, MeZO, Zoray
 from benchmarks.learning.runs import EVALUATION, TUNING, Outcome, Run, grid, train, tuned, wanted
 from benchmarks.learning.sequence import BLANK, DOWNWARDS, Sequence, examples
 from benchmarks.learning.statistics import effective_dimension, estimate, expected_cosine, first_below, paired
-from benchmarks.learning.tasks import ROWS, mean_loss, scores
+from benchmarks.learning.tasks import mean_loss, scores
 
 NAN = math.nan
 
@@ -179,20 +179,29 @@ class Short(Sequence):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_with_the_passes_it_says(method: str) -> None:
     task, how = Short(), METHODS[method]
-    model, counted = task.model(), list[int]()
-    step = how.start(model, lambda number: task.batch(1, number), 1)
+    model, counted = task.adapted() if how.inputs else task.model(), list[int]()
+    step = how.start(model, lambda number: task.batch(1, number, how.rows), 1)
     step(0, 1e-6)  # which also proves the paths
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
 
     def count(module: torch.nn.Module, args: object, options: dict[str, torch.Tensor]) -> None:
         counted.append(len(options["input_ids"]))
 
     model.register_forward_pre_hook(count, with_kwargs=True)
-    loss = step(1, how.middle(task))
-    assert 0 < loss < 2
-    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    loss = step(1, how.fixed or how.middle(task))
+    assert 0 < loss < 3
+    assert not any(torch.equal(old, new) for old, new in zip(before, trained, strict=True))
     backward = 2 if method == "adamw" else 0
-    assert sum(counted) == (how.forwards - backward) * ROWS
+    assert sum(counted) == (how.evaluations - backward) * how.rows
+
+
+def test_what_is_not_tuned_has_one_rate_and_ends_with_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.tasks, "get", lambda name: Short())
+    wants = list(wanted({}, [("sequence", "default-third")]))
+    assert {(run.rate, run.seed) for run in wants} == {(METHODS["default-third"].fixed, seed) for seed in EVALUATION}
+    found = train(wants[0])[0]
+    assert found.curve[-1][0] >= Short.budget / 3 > found.curve[-2][0]
 
 
 @pytest.mark.parametrize("method", ["mezo", "rank1"])
@@ -243,7 +252,7 @@ def test_methods_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
             return task.batch(1, number)
 
         step = method.start(task.model(), batch_of, 1)
-        for number in range(8 // method.forwards + 1):
+        for number in range(8 // method.evaluations + 1):
             step(number, 0.0)
     assert seen["one"][:4] == seen["four"][:4] == [0, 1, 2, 3]
 
