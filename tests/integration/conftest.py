@@ -57,6 +57,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
         "directions": 4,
         "per_direction_batch_size": 2,
         "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "optimizer": {"normalize": "none"},
         "epsilon": 1e-3,
         "eval_steps": 3,
         "output_dir": str(folder / "runs"),

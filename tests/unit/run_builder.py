@@ -85,6 +85,8 @@ def write_config(
         "directions": 4,
         "per_direction_batch_size": 2,
         "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "optimizer": {"normalize": "none"},
         "output_dir": str(folder / "runs"),
         "run_name": "tiny",
         **keys,

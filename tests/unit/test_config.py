@@ -69,7 +69,8 @@ def refused(path: Path, *overrides: str) -> str:
 
 def test_defaults_are_those_of_the_design(file: Path) -> None:
     run = load(file)
-    assert (run.directions, run.microbatches, run.epsilon, run.learning_rate) == (16, 1, 1e-3, 1e-6)
+    assert (run.directions, run.microbatches, run.epsilon) == (16, 1, 1e-3)
+    assert (run.optimizer.normalize, run.learning_rate, run.lr_scheduler_type) == ("curvature", 0.1, "linear")
     assert (run.direction.kind, run.direction.rank, run.memory.kind, run.trainable) == ("rank", 1, "resident", "full")
     assert isinstance(run.task, CausalLMTask)
     assert run.task.text_column == "text"
@@ -260,7 +261,8 @@ def test_a_template_fills_in_what_is_not_given(file: Path) -> None:
     run = load(file, ["task={template: sst2, train: x, prompt: 'Is {sentence} good?'}"])
     assert isinstance(run.task, PromptedTask)
     assert run.task.prompt == "Is {sentence} good?" and run.task.label_words == {"0": "terrible", "1": "great"}
-    assert run.differentiable and not load(file, ["task={template: squad, train: x}", "objective=f1"]).differentiable
+    squad = ["task={template: squad, train: x}", "objective=f1", "optimizer.normalize=none"]
+    assert run.differentiable and not load(file, squad).differentiable
     again = file.with_name("again.yaml")
     again.write_text(dump(run))
     assert load(again) == run
@@ -278,7 +280,7 @@ def test_the_task_of_the_design(file: Path) -> None:
     ("overrides", "words"),
     [
         (["lr_scheduler_type=linear", "warmup_steps=1", "warmup_ratio=0.1"], ["both given", "warmup_ratio=0.1"]),
-        (["warmup_steps=1"], ["no warm-up", "constant_with_warmup"]),
+        (["lr_scheduler_type=constant", "warmup_steps=1"], ["no warm-up", "constant_with_warmup"]),
         (["eval_steps=5"], ["task.eval is not"]),
         (["direction={kind: gaussian, rank: 2}"], ["gaussian has no rank"]),
         (["task.prompt_column=text"], ["both column 'text'"]),
@@ -287,14 +289,14 @@ def test_the_task_of_the_design(file: Path) -> None:
         (["directions=66053", "direction.rank=2"], ["not below 2**24", "at most 66052"]),
         (["lr_scheduler_type=polynomial", "learning_rate=1e-7"], ["ends at 1e-07", "linear"]),
         (["learning_rate=1", "weight_decay=1"], ["not positive"]),
-        (["directions=1", "optimizer={shaping: rank}"], ["there is one", "second_moment"]),
+        (["directions=1", "optimizer={shaping: rank, normalize: none}"], ["there is one", "second_moment"]),
         (["directions=1", "optimizer={shaping: centered}"], ["there is one", "second_moment"]),
         (
             ["trainable={blocks: {count: 2}}", "optimizer={normalize: curvature}"],
             ["a curvature each", "train without turns"],
         ),
-        (["objective=a.b:c", "optimizer={normalize: curvature}"], ["a.b:c has steps", "second_moment"]),
-        (["estimator=backprop", "optimizer={normalize: curvature}"], ["estimator backprop has none", "second_moment"]),
+        (["objective=a.b:c"], ["a.b:c has steps", "second_moment"]),
+        (["estimator=backprop"], ["estimator backprop has none", "second_moment"]),
         (["estimator=one_sided"], ["shared_batches is false", "Set shared_batches to true"]),
         (["estimator=one_sided", "shared_batches=true", "signs=batched"], ["signs is batched", "Leave signs out"]),
         (["estimator=forward_gradient", "signs=batched"], ["no two signs", "signs is batched"]),
@@ -317,10 +319,16 @@ def test_contradictions(file: Path, overrides: list[str], words: list[str]) -> N
 
 @pytest.mark.parametrize("estimator", get_args(EstimatorName))
 def test_estimators_and_what_goes_with_them(file: Path, estimator: str) -> None:
-    keys = [f"estimator={estimator}", "shared_batches=true", "signs=sequential", "head=full"]
+    keys = [
+        f"estimator={estimator}",
+        "shared_batches=true",
+        "optimizer.normalize=none",
+        "signs=sequential",
+        "head=full",
+    ]
     config = load(file, keys)
     assert config.proved_signs == "sequential" and mathematics(config)["estimator"] == estimator
-    assert load(file, keys[:2]).proved_signs == ("auto" if estimator == "spsa" else "sequential")
+    assert load(file, keys[:3]).proved_signs == ("auto" if estimator == "spsa" else "sequential")
     differentiating = estimator in DIFFERENTIATING
     for memory in ("{kind: streamed}", "{kind: zero3, shards: 2}"):
         if differentiating:
@@ -424,7 +432,7 @@ def test_configuration_cannot_be_mutated() -> None:
 
 
 def test_what_counts_as_mathematics() -> None:
-    flat = mathematics(config())
+    flat = mathematics(config(lr_scheduler_type="constant"))
     assert flat["task.max_length"] == 128
     assert flat["direction.rank"] == 1
     assert "model" not in flat and "task.train" not in flat
@@ -434,14 +442,15 @@ def test_what_counts_as_mathematics() -> None:
     assert mathematics(config(trainable={"prefix": {}}))["trainable.prefix.num_virtual_tokens"] == 5
     sparse = mathematics(config(trainable={"sparse": {}}))
     assert (sparse["trainable.sparse.sparsity"], sparse["trainable.sparse.parameters"]) == (0.75, "full")
-    blocks = mathematics(config(trainable={"blocks": {"count": 3}}))
+    blocks = mathematics(config(trainable={"blocks": {"count": 3}}, optimizer={"normalize": "none"}))
     assert (blocks["trainable.blocks.count"], blocks["trainable.blocks.steps"]) == (3, 1)
 
 
 @pytest.mark.parametrize(
     ("keys", "needed"),
     [
-        ({}, False),
+        ({}, True),
+        ({"lr_scheduler_type": "constant"}, False),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, False),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1}, True),
         ({"lr_scheduler_type": "inverse_sqrt"}, False),

@@ -41,7 +41,9 @@ class FakeTask:
 
 def config(**keys: Any) -> RunConfig:
     task = {"kind": "causal_lm", "train": "t"}
-    return RunConfig.model_validate({"model": "m", "max_steps": 9, "task": task, **keys})
+    return RunConfig.model_validate(
+        {"model": "m", "max_steps": 9, "task": task, "lr_scheduler_type": "constant", **keys}
+    )
 
 
 def header(**keys: Any) -> dict[str, Any]:

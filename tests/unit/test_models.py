@@ -23,7 +23,9 @@ DECODERS = ["gpt2", "opt", "llama", "qwen3", "gemma", "mistral", "mixtral"]
 
 def config(model: Path | str, kind: str = "causal_lm", max_length: int = 16, **keys: Any) -> RunConfig:
     task = {"kind": kind, "train": "t", "max_length": max_length}
-    return RunConfig.model_validate({"model": str(model), "max_steps": 1, "task": task, **keys})
+    return RunConfig.model_validate(
+        {"model": str(model), "max_steps": 1, "task": task, "optimizer": {"normalize": "none"}, **keys}
+    )
 
 
 def refused(run: RunConfig, kind: type[ZorayError] = ModelError, **labels: Any) -> str:

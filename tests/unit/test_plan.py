@@ -40,11 +40,14 @@ def work_of(*sizes: int, width: int = 4, **passing: int) -> Work:
     return Work(tuple((size, width, True) for size in sizes), 0, max(sizes) * width, 0, 0, 0, passing, VERDICT)
 
 
+PLAIN = {"optimizer": {"normalize": "none"}}
+
+
 def config_of(folder: Path, kind: str = "causal_lm", **keys: Any) -> RunConfig:
     """A run of a model in a folder; of its data, a plan looks at no more than that they are named."""
     task = {"kind": kind, "train": "t", "eval": "e", "max_length": 32, **keys.pop("task", {})}
     sizes = {"per_direction_batch_size": 4, "per_device_eval_batch_size": 6}
-    return RunConfig.model_validate({"model": str(folder), "max_steps": 9, "task": task, **sizes, **keys})
+    return RunConfig.model_validate({"model": str(folder), "max_steps": 9, "task": task, **PLAIN, **sizes, **keys})
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ def config(tiny_model: TinyModel, tmp_path: Path) -> RunConfig:
             "microbatches": 2,
             "per_direction_batch_size": 2,
             "per_device_eval_batch_size": 4,
+            "optimizer": {"normalize": "none"},
         }
     )
 

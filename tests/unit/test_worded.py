@@ -65,7 +65,13 @@ COPA = [
 
 
 def config(task: dict[str, Any], **keys: Any) -> RunConfig:
-    base = {"model": str(MODEL), "max_steps": 1, "per_direction_batch_size": 3, "per_device_eval_batch_size": 4}
+    base = {
+        "model": str(MODEL),
+        "max_steps": 1,
+        "optimizer": {"normalize": "none"},
+        "per_direction_batch_size": 3,
+        "per_device_eval_batch_size": 4,
+    }
     return RunConfig.model_validate({**base, **keys, "task": {"max_length": 64, **task}})
 
 

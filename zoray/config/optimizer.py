@@ -21,11 +21,12 @@ class OptimizerConfig(Section):
         mathematics=True,
     )
     normalize: Literal["none", "loss_deviation", "second_moment", "curvature"] = key(
-        "none",
-        "What projected gradients are divided by, so that one learning rate serves losses of any scale: their standard "
-        "deviation in the step (`loss_deviation`, as in FZOO), the root of a running mean of their squares "
-        "(`second_moment`, as in MEAZO), or the curvature of the loss, which one evaluation more per step measures "
-        "(`curvature`; the learning rate is then a number below 1, for any model; wants an `epsilon` of 1e-3 or more).",
+        "curvature",
+        "What projected gradients are divided by, so that one learning rate serves losses of any scale: the curvature "
+        "of the loss, which one evaluation more per step measures (`curvature`; the learning rate is then a number "
+        "below 1, for any model; wants an `epsilon` of 1e-3 or more), their standard deviation in the step "
+        "(`loss_deviation`, as in FZOO), or the root of a running mean of their squares (`second_moment`, as in "
+        "MEAZO). With `none`, as in MeZO, the learning rate is that of plain SGD: try 1e-6.",
         mathematics=True,
     )
     beta2: float = key(0.9, "Decay of the running means.", mathematics=True, ge=0, lt=1)
@@ -61,6 +62,6 @@ class OptimizerConfig(Section):
             raise fault(
                 "optimizer.normalize",
                 f"The weights of shaping {self.shaping} have no scale that could be normalised.",
-                "Leave optimizer.normalize or optimizer.shaping out.",
+                "Set optimizer.normalize to none, or leave optimizer.shaping out.",
             )
         return self

@@ -98,7 +98,12 @@ class RunConfig(Section):
         mathematics=True,
     )
     per_direction_batch_size: int = key(16, "Examples in the batch of one probe.", mathematics=True, ge=1)
-    learning_rate: float = key(1e-6, "Learning rate, before the schedule.", mathematics=True, ge=0)
+    learning_rate: float = key(
+        0.1,
+        "Learning rate, before the schedule; what it means is said by `optimizer.normalize`.",
+        mathematics=True,
+        ge=0,
+    )
     lr_scheduler_type: Literal[
         "constant",
         "constant_with_warmup",
@@ -107,7 +112,9 @@ class RunConfig(Section):
         "cosine_with_restarts",
         "polynomial",
         "inverse_sqrt",
-    ] = key("constant", "Learning-rate schedule, as in `transformers`.", mathematics=True)
+    ] = key(
+        "linear", "Learning-rate schedule, as in `transformers`: `linear` falls to 0 at `max_steps`.", mathematics=True
+    )
     warmup_steps: int = key(0, "Steps of linear warm-up.", mathematics=True, ge=0)
     warmup_ratio: float = key(0.0, "The same as a share of `max_steps`.", mathematics=True, ge=0, le=1)
     weight_decay: float = key(
@@ -420,19 +427,20 @@ class RunConfig(Section):
             raise fault(
                 "optimizer.normalize",
                 f"A loss has a curvature, and {self.objective} has steps.",
-                "Set optimizer.normalize to second_moment or loss_deviation.",
+                "Set optimizer.normalize to second_moment, loss_deviation or none, and learning_rate to suit it.",
             )
         if self.optimizer.normalize == "curvature" and isinstance(self.trainable, TrainableBlocks):
             raise fault(
                 "optimizer.normalize",
                 "Blocks that take turns have a curvature each, and one running mean is kept.",
-                "Set optimizer.normalize to second_moment, or train without turns.",
+                "Set optimizer.normalize to second_moment or none, and learning_rate to suit it; or train without turns.",
             )
         if self.optimizer.normalize == "curvature" and self.estimator not in ("spsa", "one_sided"):
             raise fault(
                 "optimizer.normalize",
                 f"The curvature is found from losses beside the weights, and estimator {self.estimator} has none.",
-                "Set estimator to spsa or one_sided, or optimizer.normalize to second_moment.",
+                "Set estimator to spsa or one_sided, or optimizer.normalize to second_moment or none, and learning_rate to "
+                "suit it.",
             )
         compared = self.optimizer.normalize == "loss_deviation" or self.optimizer.shaping in (
             "centered",

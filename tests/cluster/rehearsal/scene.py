@@ -27,6 +27,8 @@ _CONFIG: dict[str, Any] = {
     "directions": 3,
     "per_direction_batch_size": 2,
     "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "optimizer": {"normalize": "none"},
     "epsilon": 1e-3,
     "eval_steps": 100,
     "replicas": {"min": 1, "max": 3},
