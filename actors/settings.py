@@ -34,6 +34,7 @@ def settings(config: RunConfig, eval_shards: int) -> Settings:
         max_skipped_steps=config.max_skipped_steps,
         split_signs=config.split_signs,
         one_sided=config.estimator == "one_sided",
-        by_batch=config.estimator == "backprop" and config.shared_batches,
+        directions_per_batch=config.directions_per_batch,
+        by_batch=config.estimator == "backprop" and config.directions_per_batch > 1,
         epsilon=config.epsilon,
     )

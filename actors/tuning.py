@@ -169,7 +169,7 @@ class Tuner:
     def _judged(self, entry: Entry) -> Judged:
         """What trials are judged on, and whether no step trains on it."""
         config = self.config
-        batches = config.microbatches * (1 if config.shared_batches else config.most_directions)
+        batches = config.microbatches * config.batches_of(config.most_directions)
         seen = self.plan.rungs[-1] * batches * config.per_direction_batch_size
         if config.evaluated_in_run:
             return Judged("eval", entry.judged, entry.shards, True)

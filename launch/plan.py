@@ -119,7 +119,7 @@ def _assumed(made: Plan) -> list[str]:
 
 
 _FORWARDS = {
-    "one_sided": "one forward, beside one at the weights that all directions share, each",
+    "one_sided": "one forward, beside one at the weights that the directions on a batch share, each",
     "forward_gradient": "one forward with derivatives",
     "backprop": "a forward and a backward",
 }

@@ -96,7 +96,8 @@ class Zoray(Method):
     """The library, as a cluster runs it.
 
     Attributes:
-        directions: K, each on a batch of its own, unless the estimator is one-sided: then all are on one.
+        directions: K.
+        per_batch: directions that are on the same batch, one after another.
         replica: arguments of `zoray.Replica`.
         estimator: "spsa" or "one_sided".
         scalars: what of a projected gradient counts: int8 as in a commit, or all its bits.
@@ -105,6 +106,7 @@ class Zoray(Method):
     """
 
     directions: int = 16
+    per_batch: int = 1
     replica: Mapping[str, Any] = field(default_factory=dict)
     estimator: Literal["spsa", "one_sided"] = "spsa"
     scalars: Literal["int8", "float32"] = "int8"
@@ -113,14 +115,19 @@ class Zoray(Method):
     unit: float | None = None
 
     @property
+    def batches(self) -> int:
+        """Batches of a step."""
+        return -(-self.directions // self.per_batch)
+
+    @property
     def evaluations(self) -> int:
-        """As many as the library really makes: two for each direction; one-sided, one for each and one more.
+        """As many as the library really makes: two for each direction; one-sided, one for each and for each batch.
 
         The curvature takes two, since both signs go through one forward there too; one-sided, three losses of its own.
         """
         if self.estimator == "spsa":
             return 2 * self.directions + 2 * self.optimizer.wants_curvature
-        return self.directions + 1 + 3 * self.optimizer.wants_curvature
+        return self.directions + self.batches + 3 * self.optimizer.wants_curvature
 
     def middle(self, task: Task) -> float:
         """Of the task, or the optimizer's own."""
@@ -133,10 +140,10 @@ class Zoray(Method):
 
         def step(number: int, rate: float) -> float:
             nonlocal state
-            first = number * self.directions
-            batches = [batch_of(first + (k if self.estimator == "spsa" else 0)) for k in range(self.directions)]
+            batches = [batch_of(number * self.batches + n) for n in range(self.batches)]
             results = [
-                replica.probe(number, k, batch, EPSILON, curved=curved and k == 0) for k, batch in enumerate(batches)
+                replica.probe(number, k, batches[k // self.per_batch], EPSILON, curved=curved and k == 0)
+                for k in range(self.directions)
             ]
             if self.scalars == "float32":
                 add_exactly(replica, results, rate)
@@ -197,6 +204,8 @@ CURVED = Optimizer(normalize="curvature")
 ONE_SIDED = Optimizer(normalize="curvature", shaping="centered")
 DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear"}
 """What `zoray train` does where nothing is said (`zoray.config`)."""
+GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
+ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16, "version": 2}
 THIRD = 1 / 3
 
 METHODS: dict[str, Method] = {
@@ -209,17 +218,25 @@ METHODS: dict[str, Method] = {
     "inputs-third": Zoray(
         title="zoray's defaults, adapters of inputs, a third of the passes", **DEFAULT, inputs=True, share=THIRD
     ),
+    "groups-third": Zoray(
+        title="one-sided, K = 16, 4 on each batch of 4 rows, curvature, rate 0.1, linear, a third of the passes",
+        **GROUPS, share=THIRD,
+    ),
+    "groups-inputs-third": Zoray(
+        title="one-sided, K = 16, 4 on each batch of 4 rows, adapters of inputs, a third of the passes",
+        **GROUPS, inputs=True, share=THIRD,
+    ),
     "rank1-rows": Zoray(title="rank-1, K = 16, 4 rows", rate=10, rows=4),
     "adamw": AdamW(title="AdamW by backpropagation"),
     "one-curved": Zoray(
         title="one-sided, K = 16, curvature, linear schedule",
-        unit=0.2, estimator="one_sided", optimizer=ONE_SIDED, schedule="linear",
+        unit=0.2, **ALL_ON_ONE, optimizer=ONE_SIDED, schedule="linear",
     ),
     "curved": Zoray(title="rank-1, K = 16, curvature, linear schedule", unit=0.2, optimizer=CURVED, schedule="linear"),
     "moment": Zoray(title="rank-1, K = 16, second moment (MEAZO)", unit=0.005, optimizer=MOMENT),
     "fzoo": Zoray(
         title="one-sided, K = 16, loss deviation (FZOO)",
-        unit=0.005, estimator="one_sided", optimizer=Optimizer(normalize="loss_deviation"),
+        unit=0.005, **ALL_ON_ONE, optimizer=Optimizer(normalize="loss_deviation"),
     ),
     "momentum": Zoray(title="rank-1, K = 16, momentum 0.9", optimizer=Optimizer(momentum=0.9)),
     "nesterov": Zoray(title="rank-1, K = 16, Nesterov 0.9", optimizer=Optimizer(momentum=0.9, nesterov=True)),
@@ -235,7 +252,7 @@ METHODS: dict[str, Method] = {
     "guided": Zoray(title="rank-1, K = 16, guided (MeZO-GV)", rate=10, optimizer=Optimizer(shaping="guided")),
     "one-sided": Zoray(
         title="one-sided, K = 16, centred",
-        rate=10, estimator="one_sided", optimizer=Optimizer(shaping="centered"),
+        rate=10, **ALL_ON_ONE, optimizer=Optimizer(shaping="centered"),
     ),
     "dense-one": Zoray(title="dense Rademacher, K = 1", directions=1, replica=DENSE),
     "rank4-one": Zoray(title="rank-4, K = 1", directions=1, replica=RANK4),

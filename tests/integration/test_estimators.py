@@ -15,7 +15,7 @@ from zoray.protocol import Kind
 
 NAMES = get_args(EstimatorName)
 KEYS: dict[str, Any] = {
-    "shared_batches": True, "microbatches": 2, "directions": 6, "max_steps": 3, "eval_steps": None, "epsilon": 1e-4,
+    "directions_per_batch": 6, "microbatches": 2, "directions": 6, "max_steps": 3, "eval_steps": None, "epsilon": 1e-4,
 }  # fmt: skip
 
 

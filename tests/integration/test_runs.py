@@ -62,7 +62,7 @@ REMEMBERS = {
 
 CURVED = {
     "estimator": "one_sided",
-    "shared_batches": True,
+    "directions_per_batch": 3,
     "optimizer": {"shaping": "centered", "normalize": "curvature", "momentum": 0.5, "momentum_window": 5},
 }
 

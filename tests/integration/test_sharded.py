@@ -118,7 +118,7 @@ def test_groups_with_weights_in_files(undisturbed: Ran, inputs: Inputs, launch: 
 
 
 def test_split_signs_give_the_ledger_of_two_forwards(warm: None, inputs: Inputs, launch: Launch) -> None:
-    keys: dict[str, Any] = {"signs": "sequential", "microbatches": 2, "shared_batches": True}
+    keys: dict[str, Any] = {"signs": "sequential", "microbatches": 2, "directions_per_batch": 4}
     kinds: dict[str, set[Kind]] = {"whole": set(), "split": set()}
 
     def note(name: str) -> Callable[[Any, Any], None]:
@@ -129,13 +129,13 @@ def test_split_signs_give_the_ledger_of_two_forwards(warm: None, inputs: Inputs,
     assert whole.finish.reason == split.finish.reason == "done"
     assert whole.ledger == split.ledger
     assert kinds == {"whole": {Kind.PROBE, Kind.EVAL}, "split": {Kind.PLUS, Kind.MINUS, Kind.EVAL}}
-    apart = launch(inputs.config(replicas=1, **{**keys, "shared_batches": False}))
+    apart = launch(inputs.config(replicas=1, **{**keys, "directions_per_batch": 1}))
     assert apart.ledger != whole.ledger
 
 
 def test_one_sided_probes_of_a_group(warm: None, inputs: Inputs, launch: Launch) -> None:
     """In a group the loss at the weights is evaluated while others are evaluated beside them."""
-    keys: dict[str, Any] = {"estimator": "one_sided", "shared_batches": True, "replicas": 1, "max_steps": 3}
+    keys: dict[str, Any] = {"estimator": "one_sided", "directions_per_batch": 3, "replicas": 1, "max_steps": 3}
     alone = launch(inputs.config(**keys))
     with pytest.MonkeyPatch.context() as patch:
         from actors.fleet import Fleet

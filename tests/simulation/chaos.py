@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tests.simulation.model import Problem
 from zoray.optim import Optimizer, Width
@@ -34,9 +35,14 @@ class Chaos:
     lone: bool
 
 
-def _probes(share: float) -> dict[str, bool]:
-    """What probes are made of, and in which order they are handed out."""
-    return {"split_signs": share < 0.25, "one_sided": 0.25 <= share < 0.5, "by_batch": 0.5 <= share < 0.6}
+def _probes(share: float) -> dict[str, Any]:
+    """What probes are made of, how many are on a batch, and in which order they are handed out."""
+    return {
+        "split_signs": share < 0.25,
+        "one_sided": 0.25 <= share < 0.5,
+        "by_batch": 0.5 <= share < 0.6,
+        "directions_per_batch": 1 + int(share * 100) % 5,
+    }
 
 
 def draw(rng: random.Random) -> tuple[Problem, Chaos, int]:

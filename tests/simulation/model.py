@@ -104,7 +104,8 @@ def _probe(problem: Problem, weights: Weights, step: int, index: int, microbatch
 
 def _plain_probe(problem: Problem, weights: Weights, step: int, index: int, microbatch: int) -> ProbeResult:
     if problem.settings.one_sided:
-        items = Item(Kind.PLUS, step, index, microbatch), Item(Kind.CENTRE, step, 0, microbatch)
+        first = index // problem.settings.directions_per_batch * problem.settings.directions_per_batch
+        items = Item(Kind.PLUS, step, index, microbatch), Item(Kind.CENTRE, step, first, microbatch)
         plus, centre = (side.loss for item in items if isinstance(side := problem.run(weights, item), SideLoss))
         return ProbeResult.of_one_side(step, index, microbatch, plus, centre, problem.settings.epsilon)
     scalars = problem.run(weights, Item(Kind.PROBE, step, index, microbatch))

@@ -297,11 +297,11 @@ def test_the_task_of_the_design(file: Path) -> None:
         ),
         (["objective=a.b:c"], ["a.b:c has steps", "second_moment"]),
         (["estimator=backprop"], ["estimator backprop has none", "second_moment"]),
-        (["estimator=one_sided"], ["shared_batches is false", "Set shared_batches to true"]),
-        (["estimator=one_sided", "shared_batches=true", "signs=batched"], ["signs is batched", "Leave signs out"]),
+        (["estimator=one_sided"], ["directions_per_batch is 1", "Set directions_per_batch to 2 or more"]),
+        (["estimator=one_sided", "directions_per_batch=2", "signs=batched"], ["signs is batched", "Leave signs out"]),
         (["estimator=forward_gradient", "signs=batched"], ["no two signs", "signs is batched"]),
         (
-            ["estimator=one_sided", "shared_batches=true", "signs=sequential", "split_signs=true"],
+            ["estimator=one_sided", "directions_per_batch=2", "signs=sequential", "split_signs=true"],
             ["one by one anyway", "Leave split_signs out"],
         ),
         (["estimator=backprop", "signs=sequential", "split_signs=true"], ["no two signs", "Leave split_signs out"]),
@@ -321,7 +321,7 @@ def test_contradictions(file: Path, overrides: list[str], words: list[str]) -> N
 def test_estimators_and_what_goes_with_them(file: Path, estimator: str) -> None:
     keys = [
         f"estimator={estimator}",
-        "shared_batches=true",
+        "directions_per_batch=16",
         "optimizer.normalize=none",
         "signs=sequential",
         "head=full",

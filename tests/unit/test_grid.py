@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_protocol import Driver, of, probe, settings
 from zoray.aggregate import ProbeResult, aggregate
-from zoray.optim import Optimizer
+from zoray.optim import Optimizer, Width
 from zoray.protocol import (
     Action,
     Answer,
@@ -53,8 +54,8 @@ def losses(item: Item) -> tuple[float, float]:
 
 
 def centre(item: Item) -> float:
-    """The loss at the weights themselves."""
-    return 1.7 + 0.1 * item.microbatch
+    """The loss at the weights themselves, on the batch that begins with that direction."""
+    return 1.7 + 0.1 * item.microbatch - 0.003 * item.part
 
 
 def answer(run: Driver, name: str, item: Item) -> tuple[Action, ...]:
@@ -237,41 +238,62 @@ def test_the_ledger_is_the_same_whatever_the_assignment(
 @given(
     directions=st.integers(1, 5),
     microbatches=st.integers(1, 3),
+    shared=st.integers(1, 6),
     widths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
 )
-def test_one_sided_probes_share_the_loss_at_the_weights(directions: int, microbatches: int, widths: list[int]) -> None:
-    """K M + M forwards, and the commits of probes that are made of them without any kernel."""
+def test_one_sided_probes_share_the_loss_at_the_weights(
+    directions: int, microbatches: int, shared: int, widths: list[int]
+) -> None:
+    """(K + ⌈K/d⌉) M forwards, and the commits of probes that are made of them without any kernel."""
     keys = {"directions": directions, "microbatches": microbatches}
-    run = Driver(settings(**keys, one_sided=True))
+    run = Driver(settings(**keys, one_sided=True, directions_per_batch=shared))
     started = [a for i, width in enumerate(widths) for a in join(run, f"r{i}", width)]
-    assert len(run.state.work) == directions * microbatches + microbatches
+    assert len(run.state.work) == (directions + math.ceil(directions / shared)) * microbatches
     found, previous = commits(play(run, started)), bytes(32)
     for step, record in enumerate(found):
         grid = [Item(Kind.PLUS, step, k, m) for k in range(directions) for m in range(microbatches)]
-        probes = [ProbeResult.of_one_side(step, i.part, i.microbatch, losses(i)[0], centre(i), 1e-3) for i in grid]
+        beside = [centre(Item(Kind.CENTRE, step, i.part // shared * shared, i.microbatch)) for i in grid]
+        probes = [
+            ProbeResult.of_one_side(step, i.part, i.microbatch, losses(i)[0], loss, 1e-3)
+            for i, loss in zip(grid, beside, strict=True)
+        ]
         expected = aggregate(step, probes, **keys, learning_rate=0.1, previous=previous).commit
         assert record == expected.encode()
         previous = expected.hash
 
 
 def test_the_loss_at_the_weights_runs_beside_those_of_a_side_and_comes_first() -> None:
-    run = Driver(settings(directions=2, microbatches=2, one_sided=True))
-    (first,) = join(run, "a", 8)
+    run = Driver(settings(directions=3, microbatches=2, one_sided=True, directions_per_batch=2))
+    (first,) = join(run, "a", 10)
     assert [(i.kind.name, i.part, i.microbatch) for i in everything(first)] == [
-        ("CENTRE", 0, 0), ("CENTRE", 0, 1), ("PLUS", 0, 0), ("PLUS", 0, 1), ("PLUS", 1, 0), ("PLUS", 1, 1),
+        ("CENTRE", 0, 0), ("CENTRE", 0, 1), ("CENTRE", 2, 0), ("CENTRE", 2, 1),
+        ("PLUS", 0, 0), ("PLUS", 0, 1), ("PLUS", 1, 0), ("PLUS", 1, 1), ("PLUS", 2, 0), ("PLUS", 2, 1),
     ]  # fmt: skip
-    assert str(first.item) == "centre of step 0, microbatch 0"
+    assert str(everything(first)[3]) == "centre of step 0, direction 2, microbatch 1"
 
 
-def test_a_loss_at_the_weights_that_is_not_finite_leaves_all_its_directions_out() -> None:
-    run = Driver(settings(directions=2, one_sided=True))
-    (assign,) = join(run, "a", 3)
+@pytest.mark.parametrize(("broken", "left"), [({0}, {2}), ({2}, {0, 1}), ({0, 2}, set())])
+def test_a_loss_at_the_weights_that_is_not_finite_leaves_all_its_directions_out(
+    broken: set[int], left: set[int]
+) -> None:
+    run = Driver(settings(directions=3, one_sided=True, directions_per_batch=2))
+    (assign,) = join(run, "a", 5)
     actions: tuple[Action, ...] = ()
     for item in everything(assign):
-        loss = float("nan") if item.kind is Kind.CENTRE else 1.0
+        loss = float("nan") if item.kind is Kind.CENTRE and item.part in broken else 1.0 + item.kind
         actions = run.feed(Answer("a", item, SideLoss(loss, 0.0, 0.0)))
     (commit,) = of(AppendCommit, actions)
-    assert not commit.commit.applied
+    assert {direction for _, direction, coefficient in commit.commit.terms if coefficient} == left
+    assert commit.commit.applied == bool(left)
+
+
+@pytest.mark.parametrize(("shared", "firsts"), [(2, [0, 2, 4]), (3, [0, 3]), (5, [0]), (99, [0])])
+def test_an_adaptive_step_has_as_many_losses_at_the_weights_as_batches(shared: int, firsts: list[int]) -> None:
+    optimizer = Optimizer(normalize="curvature", width=Width(5, 9))
+    run = Driver(settings(directions=7, one_sided=True, directions_per_batch=shared, optimizer=optimizer))
+    assert [i.part for i in run.state.queue if i.kind is Kind.CENTRE] == firsts
+    assert [i for i in run.state.queue if i.kind is Kind.MINUS] == [Item(Kind.MINUS, 0)]
+    assert [i.part for i in run.state.queue if i.kind is Kind.PLUS] == list(range(5))
 
 
 def test_a_lost_loss_at_the_weights_is_given_again() -> None:
@@ -294,14 +316,14 @@ def test_evaluations_of_a_kind_that_was_not_timed_yet_are_as_late_as_the_others(
 
 
 def test_probes_that_have_something_in_common_are_handed_out_batch_by_batch() -> None:
-    keys = {"directions": 3, "microbatches": 2}
+    keys = {"directions": 3, "microbatches": 2, "directions_per_batch": 2}
     orders = {}
     for by_batch in (False, True):
         run = Driver(settings(**keys, by_batch=by_batch))
         (first,) = join(run, "a", 6)
         orders[by_batch] = [(item.part, item.microbatch) for item in everything(first)]
         orders[str(by_batch)] = commits(play(run, [first]))
-    assert orders[True] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+    assert orders[True] == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
     assert sorted(orders[False]) == sorted(orders[True]) and orders[False] != orders[True]
     assert orders["False"] == orders["True"]
 
@@ -309,7 +331,7 @@ def test_probes_that_have_something_in_common_are_handed_out_batch_by_batch() ->
 @pytest.mark.parametrize("by_batch", [True, False])
 def test_short_probes_do_not_make_the_long_ones_late(by_batch: bool) -> None:
     """The first probe of a batch takes its gradient, 40 s, and the 39 after it 0.1 s each."""
-    run = Driver(settings(directions=40, max_steps=2, by_batch=by_batch))
+    run = Driver(settings(directions=40, max_steps=2, by_batch=by_batch, directions_per_batch=40))
     assigned = join(run, "a", 1)
     for k in range(40):
         run.now += 40.0 if k == 0 else 0.1

@@ -175,7 +175,7 @@ KEYS: list[dict[str, Any]] = [
     {"direction": {"kind": "rademacher"}},
     {"direction": {"kind": "gaussian"}},
     {"attn_implementation": "eager"},
-    {"estimator": "one_sided", "shared_batches": True},
+    {"estimator": "one_sided", "directions_per_batch": 16},
     {"estimator": "forward_gradient"},
     {"estimator": "forward_gradient", "dtype": "bfloat16", "direction": {"kind": "rademacher"}},
     {"estimator": "backprop"},

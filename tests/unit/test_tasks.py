@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -598,15 +600,20 @@ def test_the_batch_of_a_probe_is_a_function_of_its_address(tmp_path: Path, tiny_
     assert not torch.equal(batch_for(one, run, 0, 0, 0)["input_ids"], batch_for(one, run, 0, 1, 0)["input_ids"])
 
 
-def test_shared_batches_are_the_same_for_all_directions(tmp_path: Path, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize(("shared", "adaptive"), [(2, {}), (3, {}), (5, {}), (99, {}), (2, {"max_directions": 5})])
+def test_neighbouring_directions_share_a_batch(
+    shared: int, adaptive: dict[str, int], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """The batches of a step are those of as many directions that have their own: none is skipped, even at the end."""
     path = jsonl(tmp_path / "a.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS * 3)])
-    run = config(classification(path), directions=3, microbatches=2, per_direction_batch_size=4, shared_batches=True)
+    keys = {"microbatches": 2, "per_direction_batch_size": 4}
+    directions = 3 if adaptive else 5
+    run = config(classification(path), directions=directions, directions_per_batch=shared, optimizer=adaptive, **keys)
+    alone = config(classification(path), directions=math.ceil(5 / shared), **keys)
     task = load_task(run, tiny_tokenizer("bert"))
-    batches = {(s, k, m): batch_for(task, run, s, k, m) for s in (0, 1) for k in range(3) for m in range(2)}
-    assert all(torch.equal(batch["input_ids"], batches[s, 0, m]["input_ids"]) for (s, _, m), batch in batches.items())
-    alone = config(classification(path), directions=1, microbatches=2, per_direction_batch_size=4)
-    for s, m in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        assert torch.equal(batches[s, 2, m]["input_ids"], batch_for(task, alone, s, 0, m)["input_ids"])
+    for step, k, m in itertools.product((0, 1, 7), range(5), range(2)):
+        expected = batch_for(task, alone, step, k // shared, m)
+        assert torch.equal(batch_for(task, run, step, k, m)["input_ids"], expected["input_ids"])
 
 
 def test_digest_is_that_of_the_data_not_of_their_place(tmp_path: Path, tiny_tokenizer: Any) -> None:

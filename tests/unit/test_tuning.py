@@ -33,6 +33,7 @@ from zoray.tuning import (
     make_plan,
     stand,
 )
+from zoray.tuning.deciding import passes_per_step
 from zoray.tuning.folder import Judged, StudyFolder
 from zoray.tuning.grid import kept
 
@@ -49,6 +50,16 @@ def test_the_default_plan() -> None:
     assert {trial.epsilon for trial in plan.trials} == {1e-4, 1e-3}
     short = plan_of(CONFIG.model_copy(update={"dtype": "bfloat16"}), Search())
     assert {trial.epsilon for trial in short.trials} == {1e-3, 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "shared", "passes"),
+    [("spsa", 1, 42), ("spsa", 3, 42), ("one_sided", 3, 21 + 9), ("one_sided", 9, 21 + 3), ("backprop", 3, 3 * 9)],
+)
+def test_passes_are_counted_by_direction_and_by_batch(estimator: str, shared: int, passes: int) -> None:
+    keys = {"estimator": estimator, "directions_per_batch": shared, "directions": 7, "microbatches": 3}
+    optimizer = {"optimizer": {"normalize": "none"}}
+    assert passes_per_step(RunConfig.model_validate({**CONFIG.model_dump(), **keys, **optimizer})) == passes
 
 
 @given(st.integers(2, 40), st.integers(1, 4), st.integers(2, 5), st.integers(1, 100_000))

@@ -34,6 +34,7 @@ def mathematics(config: RunConfig) -> dict[str, Any]:
 
 
 BEFORE: dict[str, Any] = {
+    "directions_per_batch": 1,
     "estimator": "spsa",
     "objective": "loss",
     "optimizer.shaping": "none",
@@ -42,7 +43,6 @@ BEFORE: dict[str, Any] = {
     "optimizer.nesterov": False,
     "optimizer.momentum_window": None,
     "optimizer.max_directions": None,
-    "shared_batches": False,
 }
 """What runs did that were begun before there were such keys: a ledger that has not one of them means this."""
 

@@ -22,12 +22,12 @@ def check_estimator(config: RunConfig) -> None:
     name = config.estimator
     if name == "spsa":
         return
-    if name == "one_sided" and not config.shared_batches:
+    if name == "one_sided" and config.directions_per_batch == 1:
         raise fault(
             "estimator",
-            "One-sided probes of a step share the loss at the weights themselves, which they can only on the same "
-            "batch, and shared_batches is false.",
-            "Set shared_batches to true.",
+            "One-sided probes share the loss at the weights themselves, which they can only on the same batch, and "
+            "directions_per_batch is 1.",
+            "Set directions_per_batch to 2 or more; from the number of directions on, all share one batch.",
         )
     if config.signs == "batched":
         raise fault(

@@ -92,10 +92,11 @@ class RunConfig(Section):
     )  # fmt: skip
     directions: int = key(16, "Directions probed per step, whatever the number of replicas.", mathematics=True, ge=1)
     microbatches: int = key(1, "Batches each direction is probed on.", mathematics=True, ge=1, le=2**31 - 1)
-    shared_batches: bool = key(
-        False,
-        "All directions of a step are probed on the same batches; else each direction has its own.",
+    directions_per_batch: int = key(
+        1,
+        "Neighbouring directions of a step that are probed on the same batch, one after another; 1: each has its own.",
         mathematics=True,
+        ge=1,
     )
     per_direction_batch_size: int = key(16, "Examples in the batch of one probe.", mathematics=True, ge=1)
     learning_rate: float = key(
@@ -132,8 +133,8 @@ class RunConfig(Section):
     estimator: EstimatorName = key(
         "spsa",
         "How a probe finds the slope along its direction. `spsa`: from the losses on both sides of the weights. "
-        "`one_sided`: from the loss on one side and that at the weights, which all directions of a step share "
-        "(`shared_batches`): K + 1 forwards of a batch in place of 2 K. `forward_gradient`: exactly, by forward-mode "
+        "`one_sided`: from the loss on one side and that at the weights, which the directions on one batch share "
+        "(`directions_per_batch`, d): K + K/d forwards in place of 2 K. `forward_gradient`: exactly, by forward-mode "
         "differentiation. `backprop`: exactly, from the gradient, for replicas with memory to spare.",
         mathematics=True,
     )
@@ -272,6 +273,10 @@ class RunConfig(Section):
     def most_directions(self) -> int:
         """Directions of a step, at most."""
         return self.optimizer.max_directions or self.directions
+
+    def batches_of(self, directions: int) -> int:
+        """How many batches so many directions of a step are probed on, for each of its microbatches."""
+        return -(-directions // self.directions_per_batch)
 
     @property
     def update_rule(self) -> Optimizer:
@@ -433,14 +438,15 @@ class RunConfig(Section):
             raise fault(
                 "optimizer.normalize",
                 "Blocks that take turns have a curvature each, and one running mean is kept.",
-                "Set optimizer.normalize to second_moment or none, and learning_rate to suit it; or train without turns.",
+                "Set optimizer.normalize to second_moment or none, and learning_rate to suit it; or "
+                "train without turns.",
             )
         if self.optimizer.normalize == "curvature" and self.estimator not in ("spsa", "one_sided"):
             raise fault(
                 "optimizer.normalize",
                 f"The curvature is found from losses beside the weights, and estimator {self.estimator} has none.",
-                "Set estimator to spsa or one_sided, or optimizer.normalize to second_moment or none, and learning_rate to "
-                "suit it.",
+                "Set estimator to spsa or one_sided; or optimizer.normalize to second_moment or none, and "
+                "learning_rate to suit it.",
             )
         compared = self.optimizer.normalize == "loss_deviation" or self.optimizer.shaping in (
             "centered",

@@ -43,7 +43,7 @@ class Estimator(ABC):
 
 
 class Kept(Generic[_T]):
-    """What was computed of a batch last: all directions of a step may be probed on the same one.
+    """What was computed of a batch last: several directions may be probed on the same one.
 
     Batches are compared, not their addresses: whoever calls may have one for each direction.
     """

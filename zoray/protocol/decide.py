@@ -59,18 +59,18 @@ def decide(state: State, now: float, actions: list[Action]) -> None:
 def _probes(state: State) -> list[ProbeResult]:
     """The step's probes, those of two evaluations put together."""
     found: list[ProbeResult] = []
-    one_sided = state.settings.one_sided
+    settings, one_sided = state.settings, state.settings.one_sided
     put_together = ProbeResult.of_one_side if one_sided else ProbeResult.of_losses
     for item, result in state.results.items():
         payload, address = result.payload, (item.step, item.direction, item.microbatch)
         if isinstance(payload, ProbeScalars):
             found.append(ProbeResult(*address, payload.projected_gradient, payload.loss))
         elif isinstance(payload, SideLoss) and item.kind is Kind.PLUS:
-            beside = item._replace(kind=Kind.CENTRE, part=0) if one_sided else item._replace(kind=Kind.MINUS)
-            other = state.results[beside].payload
+            centre = item._replace(kind=Kind.CENTRE, part=settings.first_on_batch(item.direction))
+            other = state.results[centre if one_sided else item._replace(kind=Kind.MINUS)].payload
             assert isinstance(other, SideLoss)
-            found.append(put_together(*address, payload.loss, other.loss, state.settings.epsilon))
-    if state.settings.optimizer.wants_curvature:
+            found.append(put_together(*address, payload.loss, other.loss, settings.epsilon))
+    if settings.optimizer.wants_curvature:
         found = [replace(p, curvature=_curvature(state, p)) if p.direction == p.microbatch == 0 else p for p in found]
     return found
 

@@ -42,7 +42,7 @@ _PROBING = frozenset((Kind.PROBE, Kind.PLUS, Kind.MINUS, Kind.CENTRE))
 class Item(NamedTuple):
     """One unit of work. `part` is the direction of a probe or the shard of an evaluation, else 0.
 
-    The evaluation of a microbatch at the weights themselves (CENTRE) is all directions', and its part is 0.
+    The evaluation of a batch at the weights themselves (CENTRE) is that of all directions on it; its part is the first.
     """
 
     kind: Kind
@@ -62,8 +62,6 @@ class Item(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{self.kind.name.lower()} of step {self.step}"
-        if self.kind is Kind.CENTRE:
-            return f"{text}, microbatch {self.microbatch}"
         if self.kind.probing:
             return f"{text}, direction {self.direction}, microbatch {self.microbatch}"
         return f"{text}, shard {self.shard}" if self.kind is Kind.EVAL else text

@@ -43,7 +43,8 @@ class Settings:
         max_failures: an item that raised this often, and on every live replica, ends the run.
         split_signs: the two evaluations of a probe are items of their own, which different replicas may run.
         one_sided: a probe is the evaluation on one side of the weights beside that at the weights, an item of its own,
-            which all directions share.
+            which the directions on one batch share.
+        directions_per_batch: neighbouring directions that are probed on the same batch.
         epsilon: distance of the evaluations on a side from the weights.
         by_batch: what a replica found out for a probe serves it for those of other directions on the same batch, which
             then take a fraction of the time: they are handed out one behind the other.
@@ -80,6 +81,7 @@ class Settings:
     max_failures: int = 3
     split_signs: bool = False
     one_sided: bool = False
+    directions_per_batch: int = 1
     by_batch: bool = False
     epsilon: float = 1e-3
     short_probe: float = 0.1
@@ -88,7 +90,7 @@ class Settings:
         limits: dict[str, tuple[int, int]] = {
             "directions": (1, 2**32), "microbatches": (1, 2**16), "max_steps": (0, 2**63), "eval_shards": (0, 2**32),
             "max_skipped_steps": (1, 2**63), "max_misses": (1, 32), "max_failures": (1, 2**31),
-            "max_rewinds": (1, 2**31),
+            "max_rewinds": (1, 2**31), "directions_per_batch": (1, 2**63),
         }  # fmt: skip
         for key in ("eval_steps", "save_steps", "digest_every"):
             if getattr(self, key) is not None:
@@ -96,6 +98,10 @@ class Settings:
         for key, (low, high) in limits.items():
             if not low <= (value := getattr(self, key)) < high:
                 raise ConfigError(f"{key} = {value}", where=key, advice=f"use a value from {low} to {high - 1}")
+
+    def first_on_batch(self, direction: int) -> int:
+        """The first of the directions that are probed on the same batch as this one; it stands for all of them."""
+        return direction - direction % self.directions_per_batch
 
     def evaluates(self, step: int) -> bool:
         """Whether the weights at `step` are evaluated."""
@@ -265,12 +271,14 @@ def _probing(state: State) -> list[Item]:
     settings, step = state.settings, state.step
     directions, batches = range(state.directions), range(settings.microbatches)
     if settings.one_sided:
-        centres = [Item(Kind.CENTRE, step, 0, m) for m in batches]
+        firsts = directions[:: settings.directions_per_batch]
+        centres = [Item(Kind.CENTRE, step, first, m) for first in firsts for m in batches]
         other = [Item(Kind.MINUS, step)] if settings.optimizer.wants_curvature else []
         return [*centres, *other, *(Item(Kind.PLUS, step, k, m) for k in directions for m in batches)]
     centre = [Item(Kind.CENTRE, step)] if settings.optimizer.wants_curvature else []
     if settings.by_batch:
-        return [Item(Kind.PROBE, step, k, m) for m in batches for k in directions]
+        probes = (Item(Kind.PROBE, step, k, m) for k in directions for m in batches)
+        return sorted(probes, key=lambda probe: (settings.first_on_batch(probe.direction), probe.microbatch))
     kinds = (Kind.PLUS, Kind.MINUS) if settings.split_signs else (Kind.PROBE,)
     return [*centre, *(Item(kind, step, k, m) for k in directions for m in batches for kind in kinds)]
 

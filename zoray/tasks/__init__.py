@@ -43,16 +43,16 @@ def load_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, final: b
 def batch_for(task: Task, config: RunConfig, step: int, direction: int, microbatch: int) -> Batch:
     """The batch of the probe (step, direction, microbatch), of `per_direction_batch_size` rows.
 
-    With `shared_batches` it is the same for all directions.
+    Neighbouring directions have the same one, `directions_per_batch` at a time.
     """
-    shared = config.shared_batches
+    # Batches are counted, not directions: otherwise the examples of those that have no batch would be skipped.
     ids = sample_ids(
         config.seed,
         task.train_size,
         step,
-        0 if shared else direction,
+        direction // config.directions_per_batch,
         microbatch,
-        directions=1 if shared else config.most_directions,
+        directions=config.batches_of(config.most_directions),
         microbatches=config.microbatches,
         batch_size=config.per_direction_batch_size,
     )

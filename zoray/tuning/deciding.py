@@ -50,7 +50,7 @@ def passes_per_step(config: RunConfig) -> int:
 
     With an adaptive number of directions, of a step that has the fewest.
     """
-    batches = 1 if config.shared_batches else config.directions
+    batches = config.batches_of(config.directions)
     per_batch, per_direction = {
         "spsa": (0, 2),
         "one_sided": (1, 1),
