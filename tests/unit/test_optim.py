@@ -17,7 +17,8 @@ from zoray.commits import Commit, float32
 from zoray.errors import ConfigError, NumericsError
 from zoray.optim import SGD, Optimizer, Width
 from zoray.optim.curvature import CurvatureState, added, cautious
-from zoray.optim.optimizer import FORGOTTEN
+from zoray.optim.noise import ASSUMED, LEAST, UNTOLD, heard
+from zoray.optim.optimizer import FORGOTTEN, OptimizerState
 from zoray.optim.shaping import SHAPINGS, shaped
 from zoray.optim.width import CLEAR, NOISY, WidthState, disagreement
 
@@ -177,6 +178,33 @@ def test_samples_of_the_curvature_that_say_nothing() -> None:
     assert cautious(state, 0.9) == pytest.approx(3.0)
     for sample in (math.nan, math.inf, -math.inf, 1e30):
         assert added(state, sample, 0.9) == state
+
+
+@pytest.mark.parametrize("shaping", ["none", "centered"])
+@pytest.mark.parametrize("noise", [0.0, 1.0, 4.0])
+def test_two_batches_tell_how_much_is_signal(noise: float, shaping: Any) -> None:
+    """The rate is the share of signal, in units of what is assumed where nothing tells."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = Optimizer(normalize="curvature", shaping=shaping)
+    state, moved = optimizer.initial(), 0.0
+    for step in range(200):
+        slopes = torch.randn(16, 1, generator=generator) * 3 + (5.0 if shaping == "centered" else 0.0)
+        rows = slopes + 3 * noise**0.5 * torch.randn(16, 2, generator=generator)
+        decided = decide(optimizer, state, step, rows.tolist())
+        state = optimizer.after(state, decided.commit)
+        assert state.signal == optimizer.restore([decided.commit]).signal
+        moved = decided.commit.eta / RATE
+    assert state.signal.share == pytest.approx(1 / (1 + noise / 2), abs=0.05)
+    alone = decide(optimizer, OptimizerState(curvature=state.curvature), 200, rows.mean(1, keepdim=True).tolist())
+    assert moved / (alone.commit.eta / RATE) == pytest.approx(state.signal.share / ASSUMED, rel=0.1)
+
+
+def test_steps_that_tell_nothing_of_the_signal() -> None:
+    assert UNTOLD.share == ASSUMED == heard(UNTOLD, 1.0, math.nan).share == heard(UNTOLD, 0.0, 0.0).share
+    once = heard(UNTOLD, 1.0, 0.0)
+    assert ASSUMED < once.share < 0.5
+    assert heard(once, 1e39, 0.0) == once and heard(once, 1.0, math.inf) == once
+    assert heard(once, 1.0, 100.0).share == LEAST
 
 
 def test_one_rate_descends_quadratics_of_any_curvature() -> None:

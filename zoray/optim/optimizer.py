@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from zoray.commits import Commit, float32
 from zoray.errors import ConfigError, NumericsError
 from zoray.optim.curvature import UNKNOWN, CurvatureState, added, cautious
+from zoray.optim.noise import ASSUMED, UNTOLD, SignalState, heard
 from zoray.optim.shaping import SHAPINGS, Shaping, deviation, mean_square, shaped
 from zoray.optim.width import Width, WidthState
 
@@ -48,11 +49,13 @@ class OptimizerState:
         past: the steps of the momentum window, oldest first.
         width: how many directions the next step has, where that is adaptive.
         curvature: the curvature of the loss, where it is measured.
+        signal: how much of the projected gradients is signal, where the curvature is measured.
     """
 
     second_moment: float = 0.0
     seen: int = 0
     curvature: CurvatureState = UNKNOWN
+    signal: SignalState = UNTOLD
     past: tuple[Past, ...] = ()
     width: WidthState | None = None
 
@@ -63,13 +66,14 @@ class Update:
 
     Attributes:
         terms: (step, index, weight) of each direction: those of this step last, all of them, in order.
-        moment, seen, curvature, width: the state of the same names after this step.
+        moment, seen, curvature, signal, width: the state of the same names after this step.
     """
 
     terms: tuple[tuple[int, int, float], ...]
     moment: float
     seen: int
     curvature: CurvatureState
+    signal: SignalState
     width: WidthState | None
 
 
@@ -85,7 +89,9 @@ class Optimizer:
             "loss_deviation", the standard deviation of the step's own projected gradients, which is that of its losses
             over epsilon (FZOO, arXiv 2506.09034); "second_moment", the root of a running mean of their squares (a
             scalar where Adam has one for each parameter, as in MEAZO); "curvature", the curvature of the loss over K,
-            which makes the learning rate a number without a unit, below 1 (`zoray.optim.curvature`); "none", nothing.
+            which makes the learning rate a number without a unit, below 1 (`zoray.optim.curvature`), and, where a
+            direction has several microbatches, over the share of signal that they tell, in units of 0.1
+            (`zoray.optim.noise`); "none", nothing.
         beta2: decay of the running means, which are corrected for their start at 0 as in Adam.
         momentum: mu of heavy-ball momentum, m <- mu m + g (as `torch.optim.SGD` has it, without dampening).
         nesterov: look ahead: the update is g + mu m.
@@ -172,12 +178,17 @@ class Optimizer:
         finite = [k for k, gradient in enumerate(gradients) if not math.isnan(gradient)]
         counted = shaped([gradients[k] for k in finite], self.shaping)
         moment, seen = self._moment(state, counted)
-        curved = state.curvature
+        curved, signal = state.curvature, state.signal
         if self.wants_curvature and curvature is not None:
             curved = added(curved, curvature, self.beta2)
         divisor = self._divisor(counted, moment, seen)
         if self.wants_curvature:
-            divisor = cautious(curved, self.beta2) / len(gradients)
+            noise = disagreement * mean_square([gradients[k] for k in finite])
+            if self.shaping == "centered":
+                # So much of it went with the mean.
+                noise *= 1 - 1 / len(finite)
+            signal = heard(signal, mean_square(counted), noise)
+            divisor = cautious(curved, self.beta2) / len(gradients) * (ASSUMED / signal.share)
         weights = [0.0] * len(gradients)
         for k, weight in zip(finite, counted, strict=True):
             weights[k] = weight / divisor if divisor else 0.0
@@ -193,12 +204,12 @@ class Optimizer:
         width = state.width
         if self.width is not None and width is not None:
             width = self.width.next(width, disagreement)
-        return Update(tuple(terms), moment, seen, curved, width)
+        return Update(tuple(terms), moment, seen, curved, signal, width)
 
     def idle(self, state: OptimizerState, step: int, directions: int) -> Update:
         """A step without a finite probe: no direction counts, and everything stays as it was."""
         terms = tuple((step, k, 0.0) for k in range(directions))
-        return Update(terms, state.second_moment, state.seen, state.curvature, state.width)
+        return Update(terms, state.second_moment, state.seen, state.curvature, state.signal, state.width)
 
     def notes(self, update: Update, scale: float) -> tuple[float, ...]:
         """What the commit of an update keeps for `after`, beside its terms; float32 each.
@@ -210,14 +221,14 @@ class Optimizer:
         if self.normalize == "second_moment":
             notes += (update.moment, float(update.seen))
         if self.wants_curvature:
-            notes += update.curvature.notes
+            notes += update.curvature.notes + update.signal.notes
         return notes + (update.width.notes if update.width is not None else ())
 
     def after(self, state: OptimizerState, commit: Commit) -> OptimizerState:
         """The state after `commit`, from what the commit says alone: live and resumed runs go on alike."""
         notes = iter(commit.notes)
         moment, seen, past, width = state.second_moment, state.seen, state.past, state.width
-        curvature = state.curvature
+        curvature, signal = state.curvature, state.signal
         if self.momentum:
             unit = next(notes, 0.0)
             weights = tuple(unit * c for step, _, c in commit.terms if step == commit.step)
@@ -226,10 +237,10 @@ class Optimizer:
             moment, seen = next(notes, moment), int(next(notes, seen))
         if self.wants_curvature:
             mean, square, count = islice(notes, 3)
-            curvature = CurvatureState(mean, square, int(count))
+            curvature, signal = CurvatureState(mean, square, int(count)), SignalState(*islice(notes, 2))
         if self.width is not None:
             width = self.width.read(tuple(islice(notes, 2)))
-        return OptimizerState(moment, seen, curvature, past, width)
+        return OptimizerState(moment, seen, curvature, signal, past, width)
 
     @property
     def _own(self) -> float:
