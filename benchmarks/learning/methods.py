@@ -215,7 +215,7 @@ HALF = torch.bfloat16
 MOMENT = Optimizer(normalize="second_moment")
 CURVED = Optimizer(normalize="curvature")
 ONE_SIDED = Optimizer(normalize="curvature", shaping="centered")
-DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear"}
+DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear", "version": 2}
 """What `zoray train` does where nothing is said (`zoray.config`)."""
 GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
 ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16, "version": 2}
@@ -254,7 +254,7 @@ METHODS: dict[str, Method] = {
         title="one-sided, K = 16, curvature, linear schedule",
         unit=0.2, **ALL_ON_ONE, optimizer=ONE_SIDED, schedule="linear",
     ),
-    "curved": Zoray(title="rank-1, K = 16, curvature, linear schedule", unit=0.2, optimizer=CURVED, schedule="linear"),
+    "curved": Zoray(title="rank-1, K = 16, curvature, linear schedule", unit=0.2, optimizer=CURVED, schedule="linear", version=2),
     "moment": Zoray(title="rank-1, K = 16, second moment (MEAZO)", unit=0.005, optimizer=MOMENT),
     "fzoo": Zoray(
         title="one-sided, K = 16, loss deviation (FZOO)",

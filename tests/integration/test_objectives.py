@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("warm")
 def config(folder: Path, task: dict[str, Any], **keys: Any) -> RunConfig:
     base = {
         "model": str(MODEL), "max_steps": 3, "directions": 4, "per_direction_batch_size": 2, "learning_rate": 1e-3,
-        "epsilon": 1e-2, "output_dir": str(folder / "runs"),
+        "epsilon": 1e-2, "output_dir": str(folder / "runs"), "lr_scheduler_type": "constant",
+        "optimizer": {"normalize": "none"},
     }  # fmt: skip
     return RunConfig.model_validate({**base, **keys, "task": {"max_length": 64, **task}})
 

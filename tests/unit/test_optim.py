@@ -169,13 +169,13 @@ def test_a_running_curvature_is_a_mean_and_its_error(count: int, beta: float) ->
     mean = (weights * samples).sum() / weights.sum()
     effective = weights.sum() ** 2 / weights.square().sum()
     error = ((weights * samples.square()).sum() / weights.sum() / effective).sqrt()
-    assert cautious(state, beta) == pytest.approx(float(mean + error), rel=1e-4)
+    assert cautious(state, beta) == pytest.approx(float(mean + error) * (1 + 10 / count), rel=1e-4)
 
 
 def test_samples_of_the_curvature_that_say_nothing() -> None:
     state = added(CurvatureState(), -3.0, 0.9)
     # At a saddle the step is small, and never upside down.
-    assert cautious(state, 0.9) == pytest.approx(3.0)
+    assert cautious(state, 0.9) == pytest.approx(33.0)
     for sample in (math.nan, math.inf, -math.inf, 1e30):
         assert added(state, sample, 0.9) == state
 
@@ -202,7 +202,7 @@ def test_two_batches_tell_how_much_is_signal(noise: float, shaping: Any) -> None
 def test_steps_that_tell_nothing_of_the_signal() -> None:
     assert UNTOLD.share == ASSUMED == heard(UNTOLD, 1.0, math.nan).share == heard(UNTOLD, 0.0, 0.0).share
     once = heard(UNTOLD, 1.0, 0.0)
-    assert ASSUMED < once.share < 0.5
+    assert ASSUMED < once.share < 0.2
     assert heard(once, 1e39, 0.0) == once and heard(once, 1.0, math.inf) == once
     assert heard(once, 1.0, 100.0).share == LEAST
 

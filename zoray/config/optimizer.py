@@ -24,7 +24,8 @@ class OptimizerConfig(Section):
         "curvature",
         "What projected gradients are divided by, so that one learning rate serves losses of any scale: the curvature "
         "of the loss, which one evaluation more per step measures (`curvature`; the learning rate is then a number "
-        "below 1, for any model; wants an `epsilon` of 1e-3 or more), their standard deviation in the step "
+        "below 1, for any model, and with `microbatches` of 2 or more adapts to the noise of the batches; wants an "
+        "`epsilon` of 1e-3 or more), their standard deviation in the step "
         "(`loss_deviation`, as in FZOO), or the root of a running mean of their squares (`second_moment`, as in "
         "MEAZO). With `none`, as in MeZO, the learning rate is that of plain SGD: try 1e-6.",
         mathematics=True,

@@ -29,6 +29,9 @@ class CurvatureState:
         return self.mean, self.square, float(self.seen)
 
 
+_DOUBT = 10
+"""Samples after which a step is half as long as it will be."""
+
 UNKNOWN = CurvatureState()
 """Before the first sample."""
 
@@ -44,7 +47,10 @@ def added(state: CurvatureState, sample: float, beta: float) -> CurvatureState:
 
 
 def cautious(state: CurvatureState, beta: float) -> float:
-    """The mean and its standard error above it: steps are small while little is known. 0 before the first sample.
+    """The mean and its standard error above it, and more while there are few samples. 0 before the first.
+
+    The curvature may change with the first steps by more than samples at one place can tell: new adapters, of which one
+    factor is 0, have next to none.
 
     The error is taken from the mean square, not from the variance, so that it is not 0 after one sample, and a mean
     that is negative by chance, or at a saddle, gives a small step and no division by zero.
@@ -54,4 +60,5 @@ def cautious(state: CurvatureState, beta: float) -> float:
     share = 1 - beta**state.seen
     # Of an exponential mean: (sum of weights)^2 / sum of squared weights.
     effective = share * (1 + beta) / ((1 - beta) * (1 + beta**state.seen))
-    return max(0.0, state.mean / share) + math.sqrt(state.square / share / effective)
+    known = max(0.0, state.mean / share) + math.sqrt(state.square / share / effective)
+    return known * (1 + _DOUBT / state.seen)

@@ -22,7 +22,7 @@ LEAST = 0.01
 _MEMORY = 0.98
 """Decay of the running sums: a share is measured by many small products, each mostly noise."""
 
-_DOUBT = 5
+_DOUBT = 20
 """Steps of which the assumption is worth as much."""
 
 
