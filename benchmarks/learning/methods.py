@@ -254,7 +254,10 @@ METHODS: dict[str, Method] = {
         title="one-sided, K = 16, curvature, linear schedule",
         unit=0.2, **ALL_ON_ONE, optimizer=ONE_SIDED, schedule="linear",
     ),
-    "curved": Zoray(title="rank-1, K = 16, curvature, linear schedule", unit=0.2, optimizer=CURVED, schedule="linear", version=2),
+    "curved": Zoray(
+        title="rank-1, K = 16, curvature, linear schedule",
+        unit=0.2, optimizer=CURVED, schedule="linear", version=2,
+    ),
     "moment": Zoray(title="rank-1, K = 16, second moment (MEAZO)", unit=0.005, optimizer=MOMENT),
     "fzoo": Zoray(
         title="one-sided, K = 16, loss deviation (FZOO)",

@@ -98,7 +98,7 @@ class RunConfig(Section):
         mathematics=True,
         ge=1,
     )
-    per_direction_batch_size: int = key(16, "Examples in the batch of one probe.", mathematics=True, ge=1)
+    per_direction_batch_size: int = key(4, "Examples in the batch of one probe.", mathematics=True, ge=1)
     learning_rate: float = key(
         0.1,
         "Learning rate, before the schedule; what it means is said by `optimizer.normalize`.",
