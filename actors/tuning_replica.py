@@ -87,8 +87,11 @@ class TrialReplica(ReplicaActor):
             if self.replica.step != order.share.step:
                 raise RunError(f"{self._who} is at step {self.replica.step} and was asked for {order.share}.")
             self.config = self.config.model_copy(update={"epsilon": order.epsilon})
-            work = self._judge if order.share.evaluating else self._probe
-            return tuple(work(order.share.step, part) for part in order.share.parts)
+            parts = order.share.parts
+            if order.share.evaluating:
+                return tuple(self._judge(order.share.step, part) for part in parts)
+            found = {part: self._probe(order.share.step, part) for part in sorted(parts, key=self._by_batch)}
+            return tuple(found[part] for part in parts)
         except Exception as error:
             if out_of_memory(error):
                 verdict = self.replica.verdict
@@ -115,6 +118,11 @@ class TrialReplica(ReplicaActor):
         item = Item(Kind.PROBE, step, direction, microbatch)
         curved = part == 0 and self.config.update_rule.wants_curvature
         return self.replica.probe(step, direction, self._batch(item), self.config.epsilon, microbatch, curved=curved)
+
+    def _by_batch(self, part: int) -> tuple[int, int, int]:
+        """Sorts the probes of a batch next to each other: what they share is kept for one batch."""
+        direction, microbatch = divmod(part, self.config.microbatches)
+        return direction // self.config.directions_per_batch, microbatch, direction
 
     def _judge(self, step: int, shard: int) -> Evaluated:
         """The losses of one batch of the evaluation, example by example."""

@@ -15,6 +15,7 @@ from zoray.aggregate import ProbeResult
 from zoray.commits import Commit
 from zoray.config import RunConfig
 from zoray.errors import LedgerError, RunError
+from zoray.probe import Prober
 from zoray.tasks.sampler import sample_ids
 from zoray.tuning import BASE, Evaluated, Share, Trial
 from zoray.tuning.deciding import rules_of
@@ -87,6 +88,24 @@ def test_the_parts_of_a_step_are_those_of_a_run(config: RunConfig) -> None:
     results = run(entered(config), config, ONE, [], fresh=True)
     assert [(result.direction, result.microbatch) for result in results] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert len({result.projected_gradient for result in results}) == 4
+
+
+def test_the_loss_at_the_weights_is_computed_once_a_batch(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"estimator": "one_sided", "directions": 4, "directions_per_batch": 2}
+    config = RunConfig.model_validate({**config.model_dump(), **keys})
+    replica, centres = entered(config), []
+    plain = Prober.side
+
+    def counted(self: Prober, step: int, direction: int, batch: Any, epsilon: float, sign: Any) -> float:
+        if sign == 0:
+            centres.append(batch)
+        return plain(self, step, direction, batch, epsilon, sign)
+
+    monkeypatch.setattr(Prober, "side", counted)
+    share = Share(ONE.name, 0, False, tuple(range(8)))
+    values = replica.share(Order(share, ONE.epsilon, GENESIS, b""))
+    assert [(v.direction, v.microbatch) for v in values] == [(k, m) for k in range(4) for m in range(2)]  # type: ignore[union-attr]
+    assert len(centres) == 4
 
 
 def judged(config: RunConfig, **keys: Any) -> tuple[TrialReplica, Evaluated]:
