@@ -113,7 +113,7 @@ def test_the_allocators_errors_are_told_with_numbers_and_knobs() -> None:
     error = explain(caught.value, config(signs="sequential"), "replica r0, a forward", batched=False)
     assert f"{2**54 / 2**30:.2f} GiB more were asked for" in error.what and "free" in error.what
     assert "replica r0, a forward" in error.what and "sequential" not in str(error.advice)
-    for words in ("per_direction_batch_size than 16", "shards: 2", "offload: nvme", "dtype: bfloat16", "zoray plan"):
+    for words in ("per_direction_batch_size than 4", "shards: 2", "offload: nvme", "dtype: bfloat16", "zoray plan"):
         assert words in str(error.advice)
 
 
