@@ -123,7 +123,7 @@ def plan_of(config: RunConfig, search: Search) -> Plan:
         config.epsilon,
         _numbers(search.learning_rates, "--learning-rates"),
         epsilons,
-        short=config.dtype != "float32",
+        larger=config.dtype != "float32" or config.update_rule.wants_curvature,
     )
     if search.steps is not None and search.budget is not None:
         raise ConfigError("--steps and --budget are both given.", where="--budget", advice="Give one of them.")

@@ -47,8 +47,11 @@ def test_the_default_plan() -> None:
     assert len(plan.trials) == 12 and plan.rungs == (4, 10, 30) and [plan.entering(i) for i in range(3)] == [12, 4, 2]
     assert Trial(1e-5, 1e-3) in plan.trials, "the configuration as it is must be among them"
     assert {trial.learning_rate for trial in plan.trials} == {3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4}
-    assert {trial.epsilon for trial in plan.trials} == {1e-4, 1e-3}
-    short = plan_of(CONFIG.model_copy(update={"dtype": "bfloat16"}), Search())
+    # The curvature, which is measured by default, drowns in rounding where epsilon is small.
+    assert {trial.epsilon for trial in plan.trials} == {1e-3, 1e-2}
+    plain = RunConfig.model_validate({**CONFIG.model_dump(), "optimizer": {"normalize": "none"}})
+    assert {trial.epsilon for trial in plan_of(plain, Search()).trials} == {1e-4, 1e-3}
+    short = plan_of(plain.model_copy(update={"dtype": "bfloat16"}), Search())
     assert {trial.epsilon for trial in short.trials} == {1e-3, 1e-2}
 
 

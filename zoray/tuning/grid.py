@@ -16,7 +16,8 @@ LEARNING_RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The default grid, as multiples of the configuration's learning rate."""
 
 SMALLER, LARGER = 0.1, 10.0
-"""The second epsilon of the default grid: a smaller one has less bias; in a short data type it drowns in rounding."""
+"""The second epsilon of the default grid: a smaller one has less bias; in a short data type it drowns in rounding, and
+so does the curvature in any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +76,20 @@ def grid(
     learning_rates: Sequence[float] | None = None,
     epsilons: Sequence[float] | None = None,
     *,
-    short: bool = False,
+    larger: bool = False,
 ) -> tuple[Trial, ...]:
     """All pairs, by epsilon and then by learning rate.
 
     Args:
         learning_rate, epsilon: the configuration's; the default grid lies around them.
         learning_rates, epsilons: what to try instead.
-        short: the model computes in bfloat16 or float16.
+        larger: the second epsilon of the default grid is the larger one.
 
     Raises:
         ConfigError: a value is not positive or is given twice, or there are fewer than two trials.
     """
     rates = _values(learning_rates, "--learning-rates") or tuple(_rounded(learning_rate * f) for f in LEARNING_RATES)
-    distances = _values(epsilons, "--epsilons") or (epsilon, _rounded(epsilon * (LARGER if short else SMALLER)))
+    distances = _values(epsilons, "--epsilons") or (epsilon, _rounded(epsilon * (LARGER if larger else SMALLER)))
     if not learning_rate and learning_rates is None:
         raise ConfigError(
             "The configuration's learning_rate is 0, so there is nothing to lay a grid around.",
