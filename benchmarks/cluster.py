@@ -45,6 +45,8 @@ def make_inputs(folder: Path, large: bool) -> dict[str, object]:
         "model": str(model_folder),
         "task": {"kind": "causal_lm", "train": str(data), "max_length": 64},
         "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "optimizer": {"normalize": "none"},
         "output_dir": str(folder / "runs"),
     }
 

@@ -115,7 +115,7 @@ def tune(
     overrides: Overrides = None,
     learning_rates: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Those to try, as 1e-6,1e-5; by default six around the configuration's."),
+        typer.Option(help="Those to try, as 0.03,0.1; by default six around the configuration's."),
     ] = None,
     epsilons: Annotated[
         Optional[str],  # noqa: UP045

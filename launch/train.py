@@ -31,6 +31,8 @@ from zoray.runs import RunFolder
 STOPPED = 130
 """Exit status of a run that was ended by Ctrl-C, as a shell would have it."""
 
+_LONGER = "; the end of a run can be moved where lr_scheduler_type is constant, constant_with_warmup or inverse_sqrt"
+
 
 def train(config_path: str, overrides: list[str]) -> None:
     """Start a run and see it to its end.
@@ -108,7 +110,7 @@ def resumable(run: str, overrides: list[str], output_dir: str, break_lock: bool)
         raise RunError(
             f"{key} was {old!r} and would become {new!r}; that would change the mathematics of the run.",
             where=f"{folder.config_path}, {key}",
-            advice="resume without it, or start a new run",
+            advice="resume without it, or start a new run" + (_LONGER if key == "max_steps" else ""),
         )
     if not break_lock:
         # To refuse a run that goes on before anything is started for it; the coordinator's own lock is what counts.

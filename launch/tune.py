@@ -149,7 +149,7 @@ def _numbers(text: str | None, option: str) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ConfigError(f"{text!r} are not numbers.", where=option, advice="Write them as in 1e-6,1e-5.") from error
+        raise ConfigError(f"{text!r} are not numbers.", where=option, advice="Write them as in 0.03,0.1.") from error
 
 
 def _check(config: RunConfig, write: Path | None) -> None:

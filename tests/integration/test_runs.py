@@ -62,6 +62,8 @@ REMEMBERS = {
 
 CURVED = {
     "estimator": "one_sided",
+    "microbatches": 2,
+    "lr_scheduler_type": "linear",
     "directions_per_batch": 3,
     "optimizer": {"shaping": "centered", "normalize": "curvature", "momentum": 0.5, "momentum_window": 5},
 }

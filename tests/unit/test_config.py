@@ -261,7 +261,7 @@ def test_a_template_fills_in_what_is_not_given(file: Path) -> None:
     run = load(file, ["task={template: sst2, train: x, prompt: 'Is {sentence} good?'}"])
     assert isinstance(run.task, PromptedTask)
     assert run.task.prompt == "Is {sentence} good?" and run.task.label_words == {"0": "terrible", "1": "great"}
-    squad = ["task={template: squad, train: x}", "objective=f1", "optimizer.normalize=none"]
+    squad = ["task={template: squad, train: x}", "objective=f1", "optimizer.normalize=none", "learning_rate=1"]
     assert run.differentiable and not load(file, squad).differentiable
     again = file.with_name("again.yaml")
     again.write_text(dump(run))
@@ -295,7 +295,8 @@ def test_the_task_of_the_design(file: Path) -> None:
             ["trainable={blocks: {count: 2}}", "optimizer={normalize: curvature}"],
             ["a curvature each", "train without turns"],
         ),
-        (["objective=a.b:c"], ["a.b:c has steps", "second_moment"]),
+        (["objective=a.b:c"], ["the objective is a.b:c", "second_moment"]),
+        (["optimizer.normalize=none"], ["best learning rate", "none is given", "zoray tune"]),
         (["estimator=backprop"], ["estimator backprop has none", "second_moment"]),
         (["estimator=one_sided"], ["directions_per_batch is 1", "Set directions_per_batch to 2 or more"]),
         (["estimator=one_sided", "directions_per_batch=2", "signs=batched"], ["signs is batched", "Leave signs out"]),
@@ -323,12 +324,13 @@ def test_estimators_and_what_goes_with_them(file: Path, estimator: str) -> None:
         f"estimator={estimator}",
         "directions_per_batch=16",
         "optimizer.normalize=none",
+        "learning_rate=1",
         "signs=sequential",
         "head=full",
     ]
     config = load(file, keys)
     assert config.proved_signs == "sequential" and mathematics(config)["estimator"] == estimator
-    assert load(file, keys[:3]).proved_signs == ("auto" if estimator == "spsa" else "sequential")
+    assert load(file, keys[:4]).proved_signs == ("auto" if estimator == "spsa" else "sequential")
     differentiating = estimator in DIFFERENTIATING
     for memory in ("{kind: streamed}", "{kind: zero3, shards: 2}"):
         if differentiating:
@@ -442,7 +444,7 @@ def test_what_counts_as_mathematics() -> None:
     assert mathematics(config(trainable={"prefix": {}}))["trainable.prefix.num_virtual_tokens"] == 5
     sparse = mathematics(config(trainable={"sparse": {}}))
     assert (sparse["trainable.sparse.sparsity"], sparse["trainable.sparse.parameters"]) == (0.75, "full")
-    blocks = mathematics(config(trainable={"blocks": {"count": 3}}, optimizer={"normalize": "none"}))
+    blocks = mathematics(config(trainable={"blocks": {"count": 3}}, optimizer={"normalize": "none"}, learning_rate=1.0))
     assert (blocks["trainable.blocks.count"], blocks["trainable.blocks.steps"]) == (3, 1)
 
 

@@ -88,6 +88,19 @@ def test_an_earlier_step(
     assert f"{built.digests[2]:016x}" in capsys.readouterr().out
 
 
+def test_adapters_of_inputs_are_merged(tmp_path: Path) -> None:
+    import transformers
+
+    keys: dict[str, Any] = {"trainable": {"lora": {**LORA["lora"], "init_lora_weights": "activations"}}}
+    run = build_run(tmp_path, "llama", **keys, learning_rate=10.0, max_steps=2)
+    export("tiny", tmp_path / "out", None, False, run.output_dir)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    base = transformers.AutoModelForCausalLM.from_pretrained(run.config.model)
+    merged: Any = copy.deepcopy(run.model)
+    same_bits(loaded, merged.merge_and_unload())
+    assert any(not torch.equal(tensor, weights(base)[name]) for name, tensor in weights(loaded).items())
+
+
 def test_lora_is_merged(lora: BuiltRun, tmp_path: Path) -> None:
     import transformers
 

@@ -24,7 +24,14 @@ DECODERS = ["gpt2", "opt", "llama", "qwen3", "gemma", "mistral", "mixtral"]
 def config(model: Path | str, kind: str = "causal_lm", max_length: int = 16, **keys: Any) -> RunConfig:
     task = {"kind": kind, "train": "t", "max_length": max_length}
     return RunConfig.model_validate(
-        {"model": str(model), "max_steps": 1, "task": task, "optimizer": {"normalize": "none"}, **keys}
+        {
+            "model": str(model),
+            "max_steps": 1,
+            "task": task,
+            "learning_rate": 1e-6,
+            "optimizer": {"normalize": "none"},
+            **keys,
+        }
     )
 
 

@@ -43,7 +43,8 @@ def both(replica: Replica, batch: Any, epsilon: float = EPSILON) -> tuple[float,
 def test_a_classifier_with_a_head(tmp_path: Path, objective: str) -> None:
     model = make_model("bert", tmp_path, head="classification")
     task = {"kind": "classification", **write_data(tmp_path, "classification"), "max_length": 16}
-    keys = {"model": str(model), "max_steps": 1, "task": task, "optimizer": {"normalize": "none"}}
+    keys = {"model": str(model), "max_steps": 1, "task": task}
+    keys |= {"learning_rate": 1e-6, "optimizer": {"normalize": "none"}}
     config = RunConfig.model_validate({**keys, "objective": objective})
     found = load_task(config, load_tokenizer(config))
     replica, batch = replica_of(config, found), batch_for(found, config, 0, 0, 0)
@@ -79,7 +80,7 @@ def test_a_function_of_a_language_models_logits(tmp_path: Path) -> None:
     model = make_model("gpt2", tmp_path)
     task = {"kind": "causal_lm", **write_data(tmp_path, "causal_lm"), "max_length": 8}
     keys = {"model": str(model), "max_steps": 1, "task": task, "objective": "tests.unit.scores:last_logit"}
-    keys["optimizer"] = {"normalize": "none"}
+    keys |= {"learning_rate": 1e-6, "optimizer": {"normalize": "none"}}
     config = RunConfig.model_validate(keys)
     found = load_task(config, load_tokenizer(config))
     replica, batch = replica_of(config, found), batch_for(found, config, 0, 0, 0)

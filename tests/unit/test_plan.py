@@ -40,7 +40,7 @@ def work_of(*sizes: int, width: int = 4, **passing: int) -> Work:
     return Work(tuple((size, width, True) for size in sizes), 0, max(sizes) * width, 0, 0, 0, passing, VERDICT)
 
 
-PLAIN = {"optimizer": {"normalize": "none"}}
+PLAIN = {"learning_rate": 1e-6, "optimizer": {"normalize": "none"}}
 
 
 def config_of(folder: Path, kind: str = "causal_lm", **keys: Any) -> RunConfig:

@@ -78,7 +78,7 @@ def test_every_process_makes_the_same_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, "bert", "roberta"])
-def test_activations_are_computedin_float64(tmp_path: Path, kind: str) -> None:
+def test_activations_are_computed_in_float64(tmp_path: Path, kind: str) -> None:
     """Before they are rounded, two ways to compute attention differ by less than any float32 computation could."""
     from transformers import DynamicCache
 

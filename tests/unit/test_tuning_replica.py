@@ -39,6 +39,7 @@ def config(tiny_model: TinyModel, tmp_path: Path) -> RunConfig:
             "microbatches": 2,
             "per_direction_batch_size": 2,
             "per_device_eval_batch_size": 4,
+            "learning_rate": 1e-6,
             "optimizer": {"normalize": "none"},
         }
     )

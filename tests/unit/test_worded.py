@@ -68,6 +68,7 @@ def config(task: dict[str, Any], **keys: Any) -> RunConfig:
     base = {
         "model": str(MODEL),
         "max_steps": 1,
+        "learning_rate": 1e-6,
         "optimizer": {"normalize": "none"},
         "per_direction_batch_size": 3,
         "per_device_eval_batch_size": 4,

@@ -125,7 +125,10 @@ def test_knobs_that_are_turned_already_are_not_named() -> None:
         assert words not in str(loading.advice)
     derivatives = str(
         explain(
-            MemoryError(), config(estimator="backprop", optimizer={"normalize": "none"}), "a forward", batched=False
+            MemoryError(),
+            config(estimator="backprop", learning_rate=1e-6, optimizer={"normalize": "none"}),
+            "a forward",
+            batched=False,
         ).advice
     )
     assert "estimator: spsa" in derivatives and "memory:" not in derivatives and "fewer replicas" in derivatives

@@ -33,7 +33,8 @@ class OptimizerConfig(Section):
     beta2: float = key(0.9, "Decay of the running means.", mathematics=True, ge=0, lt=1)
     momentum: float = key(
         0.0,
-        "Heavy-ball momentum, as in `torch.optim.SGD`: commits then have the directions of earlier steps as well.",
+        "Heavy-ball momentum, as in `torch.optim.SGD`: commits then have the directions of earlier steps as well. "
+        "Steps add up: multiply the learning rate by 1 - momentum.",
         mathematics=True,
         ge=0,
         lt=1,

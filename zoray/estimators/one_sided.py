@@ -1,6 +1,7 @@
 """One-sided differences: g = (L(theta + eps z) - L(theta)) / eps   (FZOO, Dang et al. 2025, arXiv 2506.09034).
 
-All directions that are probed on one batch share L(theta), so that K directions take K + 1 forwards of B rows.
+All directions that are probed on one batch share L(theta), so that K directions take K + 1 forwards of B rows
+where all are on one batch.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import nn
 
 from zoray.errors import ConfigError
 from zoray.models.exact import in_float64, rounded
+from zoray.models.limits import max_positions
 
 _LENGTH = 16
 """Tokens of each text; the last one's inputs are taken, which have seen the others."""
@@ -30,9 +31,8 @@ _WHERE = "trainable.lora.init_lora_weights"
 
 def random_texts(model: Any, count: int) -> dict[str, torch.Tensor]:
     """What a language model, or a classifier over one, takes: texts of random tokens, from torch's own generator."""
-    settings = model.config.get_text_config()
-    length = min(_LENGTH, getattr(settings, "max_position_embeddings", None) or _LENGTH)
-    tokens = torch.randint(settings.vocab_size, (count, length))
+    length = min(_LENGTH, max_positions(model) or _LENGTH)
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (count, length))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
@@ -57,11 +57,13 @@ def freeze_inputs(model: nn.Module, r: int, texts: dict[str, torch.Tensor]) -> N
                 where=_WHERE,
                 advice="name linear layers only in trainable.lora.target_modules, or leave init_lora_weights out",
             )
-        if name not in found:
+        if name not in found or not found[name].any():
             raise ConfigError(
-                f"{name} takes no part in a forward of the model, so there are no inputs its adapter could begin with.",
+                f"{name} is given nothing in a forward of {r} random texts, so there are no inputs its adapter could "
+                "begin with.",
                 where=_WHERE,
-                advice="leave it out of trainable.lora.target_modules, or leave init_lora_weights out",
+                advice="raise trainable.lora.r, which is the number of texts, leave the module out of "
+                "trainable.lora.target_modules, or leave init_lora_weights out",
             )
         for matrix in matrices:
             matrix.data.copy_(scaled_rows(found[name], r))
@@ -108,10 +110,12 @@ def _first_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, torch.Ten
     """What each module is given first while the block runs."""
     found: dict[str, torch.Tensor] = {}
 
-    def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.setdefault(name, args[0])
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.setdefault(name, next(iter((*args, *named.values()))))
 
-    hooks = [module.register_forward_pre_hook(partial(keep, name)) for name, module in modules.items()]
+    hooks = [
+        module.register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name, module in modules.items()
+    ]
     try:
         yield found
     finally:

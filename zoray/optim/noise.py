@@ -52,7 +52,7 @@ def heard(state: SignalState, square: float, noise: float) -> SignalState:
     """The state with one step more.
 
     Args:
-        square: mean square of the step's weights.
+        square: mean square of the step's projected gradients.
         noise: how much of it is noise; nan if nothing tells. A step whose sums float32 could not hold says nothing.
     """
     if math.isnan(noise) or square <= 0:

@@ -183,11 +183,12 @@ class Optimizer:
             curved = added(curved, curvature, self.beta2)
         divisor = self._divisor(counted, moment, seen)
         if self.wants_curvature:
-            noise = disagreement * mean_square([gradients[k] for k in finite])
+            square = mean_square([gradients[k] for k in finite])
+            noise = disagreement * square
             if self.shaping == "centered":
-                # So much of it went with the mean.
-                noise *= 1 - 1 / len(finite)
-            signal = heard(signal, mean_square(counted), noise)
+                # What the mean took away is neither.
+                square, noise = mean_square(counted), noise * (1 - 1 / len(finite))
+            signal = heard(signal, square, noise)
             divisor = cautious(curved, self.beta2) / len(gradients) * (ASSUMED / signal.share)
         weights = [0.0] * len(gradients)
         for k, weight in zip(finite, counted, strict=True):

@@ -9,7 +9,8 @@
         refused (1)   u64 step held, reason in UTF-8
         failed (2)    reason in UTF-8
 
-A probe takes 15 + 31 = 46 bytes in both directions together; with the commit of 16 directions (81 bytes), 127.
+A probe takes 15 + 31 = 46 bytes in both directions together; with the commit of 16 directions (81 bytes, and 38
+more where the curvature is measured), 127.
 """
 
 from __future__ import annotations

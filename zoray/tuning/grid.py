@@ -94,14 +94,14 @@ def grid(
         raise ConfigError(
             "The configuration's learning_rate is 0, so there is nothing to lay a grid around.",
             where="learning_rate",
-            advice="Give one, or say --learning-rates 1e-6,1e-5,1e-4.",
+            advice="Give one, or say --learning-rates 0.03,0.1,0.3.",
         )
     trials = tuple(Trial(rate, distance) for distance in sorted(distances) for rate in sorted(rates))
     if len(trials) < 2:
         raise ConfigError(
             "One trial is nothing to choose from.",
             where="--learning-rates",
-            advice="Give two or more, as in 1e-6,1e-5.",
+            advice="Give two or more, as in 0.03,0.1.",
         )
     return trials
 
@@ -150,7 +150,7 @@ def _rung_steps(longest: int, rungs: int, eta: int) -> tuple[int, ...]:
 def _values(given: Sequence[float] | None, option: str) -> tuple[float, ...]:
     for value in given or ():
         if not 0 < value < float("inf"):
-            raise ConfigError(f"{value:g} is not a positive number.", where=option, advice="Write it as in 1e-6,1e-5.")
+            raise ConfigError(f"{value:g} is not a positive number.", where=option, advice="Write it as in 0.03,0.1.")
         if sum(f"{value:g}" == f"{other:g}" for other in given or ()) > 1:
             raise ConfigError(f"{value:g} is given twice.", where=option, advice="Give each value once.")
     return tuple(given or ())
