@@ -41,7 +41,12 @@ PAIRS = (
     ("told-third", "default-third", "two batches of 2 rows a direction against one of 4, a third of the passes", ""),
     ("inputs-third", "default-third", "adapters of inputs against what the task trains, a third of the passes", ""),
     ("groups-third", "default-third", "one-sided, four on a batch, against two-sided, a third of the passes", ""),
-    ("groups-inputs-third", "inputs-third", "the same with adapters of inputs", ""),
+    (
+        "groups-inputs-third",
+        "inputs-third",
+        "one-sided, four on a batch, against two-sided, both with adapters of inputs",
+        "",
+    ),
     ("rank1-linear", "rank1", "linear schedule against constant", ""),
     ("one-sided", "rank1", "one-sided, centred, against two-sided", ""),
     ("moment", "rank1", "second moment against plain SGD", ""),
