@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -73,3 +77,21 @@ def _wide_product(a: np.uint64, b: Words) -> tuple[Words, Words]:
     middle = a1 * b0 + ((a0 * b0) >> half)
     other = a0 * b1 + (middle & mask)
     return a1 * b1 + (middle >> half) + (other >> half), a * b
+
+
+def printed_elsewhere(code: str, folder: Path) -> set[str]:
+    """What code prints in processes of their own, with another number of threads and kernel for attention each.
+
+    Args:
+        code: its arguments are the folder of a model, the kernel's name and the number of threads.
+    """
+    return {
+        subprocess.run(
+            [sys.executable, "-c", code, str(folder), attention, threads],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for attention, threads in (("sdpa", "1"), ("eager", "2"))
+    }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.conftest import make_model
+from tests.unit.helpers import printed_elsewhere
 from tests.unit.test_architectures import MODELS, check, load
 from tests.unit.test_models import config, logits, refused, trainable
 from tests.unit.test_streamed import same
@@ -89,16 +87,7 @@ def test_every_process_makes_the_same(tmp_path: Path) -> None:
         "found = frozen(loaded('llama', Path(sys.argv[1]), attn_implementation=sys.argv[2]))\n"
         "print(hash(tuple(x for rows in found.values() for x in rows.flatten().tolist())))\n"
     )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code, str(folder), attention, threads],
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for attention, threads in (("sdpa", "1"), ("eager", "2"))
-    }
+    found = printed_elsewhere(code, folder)
     mine = frozen(loaded("llama", folder))
     assert found == {f"{hash(tuple(x for rows in mine.values() for x in rows.flatten().tolist()))}\n"}
     other = frozen(loaded("llama", folder, seed=1))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import make_model
-from tests.unit.helpers import bits
+from tests.unit.helpers import bits, printed_elsewhere
 from tests.unit.test_architectures import MODELS, check, load
 from tests.unit.test_models import config, logits, refused, trainable
 from tests.unit.test_streamed import same
@@ -59,16 +56,7 @@ def test_every_process_makes_the_same_prefix(tmp_path: Path) -> None:
         "run = config(sys.argv[1], trainable={'prefix': {}}, attn_implementation=sys.argv[2])\n"
         f"print(load_model(run).get_parameter({WEIGHT!r}).double().flatten().tolist())\n"
     )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", code, str(folder), attention, threads],
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for attention, threads in (("sdpa", "1"), ("eager", "2"))
-    }
+    found = printed_elsewhere(code, folder)
     assert len(found) == 1
     run = config(folder, trainable={"prefix": {}})
     mine = load_model(run).get_parameter(WEIGHT)
