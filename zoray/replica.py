@@ -57,8 +57,8 @@ class Replica:
 
     Raises:
         ModelError: nothing to train, or a parameter that cannot be trained.
-        ConfigError: the estimator does not go with the memory, `signs`, the objective or the selection, or the
-            selection does not suit the model.
+        ConfigError: the estimator does not go with the memory, `signs` or the objective, or the selection does not suit
+            the model.
     """
 
     def __init__(
@@ -100,12 +100,6 @@ class Replica:
         if self._kind.differentiates and self.objective.score is not None:
             raise ConfigError(
                 f"Estimator {estimator} takes derivatives, and {self.objective.identity} has none.",
-                where="estimator",
-                advice="use spsa or one_sided",
-            )
-        if self._kind.differentiates and selection is not None:
-            raise ConfigError(
-                f"Estimator {estimator} finds slopes along whole directions, and a selection moves parts of them.",
                 where="estimator",
                 advice="use spsa or one_sided",
             )

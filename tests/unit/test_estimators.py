@@ -31,6 +31,7 @@ from zoray.loss import RowLosses
 from zoray.memory.streamed import Streamed
 from zoray.probe import Prober
 from zoray.replica import Replica
+from zoray.selection import Rotation, SmallWeights
 
 NAMES: tuple[EstimatorName, ...] = get_args(EstimatorName)
 EXACT: tuple[EstimatorName, ...] = ("forward_gradient", "backprop")
@@ -58,10 +59,12 @@ def slope(
     loss = model(**batch).loss
     wanted = [named[spec.name] for spec in replica.layout.specs]
     gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-    total = 0.0
+    coverage, total = replica.directions.coverage, 0.0
     for spec, gradient in zip(replica.layout.specs, gradients, strict=True):
-        if gradient is not None:
-            total += float((gradient.double() * replica.directions.dense(address, spec).double()).sum())
+        if gradient is not None and coverage.touches(coverage.group(spec), address[0]):
+            z = replica.directions.dense(address, spec).double()
+            mask = coverage.mask(spec, named[spec.name].detach())
+            total += float((gradient.double() * (z if mask is None else z * mask)).sum())
     return total, float(loss.detach())
 
 
@@ -93,6 +96,38 @@ def test_an_estimate_is_the_slope_along_the_direction(name: EstimatorName, kind:
     assert max(abs(each.projected_gradient) for each in found) > 5 * tolerance, "or nothing is shown"
     assert replica.digest() == before and not any("forward" in m.__dict__ for m in model.modules())
     assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
+@pytest.mark.parametrize("selection", [SmallWeights(0.75), Rotation(3, 1)])
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_a_direction_moves_counts(
+    name: EstimatorName, selection: SmallWeights | Rotation, kind: str, rank: int
+) -> None:
+    model = moved(gpt2)
+    batch = batch_for(model)
+    replica = made(model, name, direction=kind, rank=rank, selection=selection)
+    tolerance = {"spsa": 5e-3, "one_sided": 5e-2}.get(name, 1e-5)
+    expected = [slope(model, replica, (step, 1), batch)[0] for step in range(3)]
+    found = [replica.probe(step, 1, batch, 3e-4).projected_gradient for step in range(3)]
+    assert found == pytest.approx(expected, abs=tolerance, rel=tolerance)
+    whole = made(model, "backprop", direction=kind, rank=rank)
+    others = [whole.probe(step, 1, batch, 0).projected_gradient for step in range(3)]
+    assert max(abs(each - other) for each, other in zip(found, others, strict=True)) > 5 * tolerance, "nothing is shown"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_group_that_the_loss_does_not_depend_on(name: EstimatorName) -> None:
+    model, batch, loss = curved()
+    other = nn.Module()
+    other.used, other.unused = model, nn.Linear(99, 99)
+
+    def of_used(net: Any, data: dict[str, torch.Tensor]) -> RowLosses:
+        return loss(net.used, data)
+
+    replica = made(other, name, loss=of_used, selection=Rotation(2, 1))
+    slopes = [replica.probe(step, 0, batch, 0).projected_gradient for step in range(2)]
+    assert slopes[0] and not slopes[1]
 
 
 @pytest.mark.parametrize("architecture", MODELS)

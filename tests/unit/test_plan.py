@@ -185,6 +185,8 @@ KEYS: list[dict[str, Any]] = [
     {"trainable": {"sparse": {"sparsity": 0.75}}},
     {"trainable": {"sparse": {"sparsity": 0.75}}, "dtype": "bfloat16"},
     {"trainable": {"sparse": {"sparsity": 0.75}}, "direction": {"kind": "rademacher"}},
+    {"trainable": {"sparse": {"sparsity": 0.75}}, "estimator": "backprop"},
+    {"trainable": {"sparse": {"sparsity": 0.75}}, "estimator": "forward_gradient"},
     {"trainable": {"blocks": {"count": 2}}},
 ]
 

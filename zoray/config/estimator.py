@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from zoray.config.sections import fault
-from zoray.config.trainable import TrainableBlocks, TrainableSparse
 
 if TYPE_CHECKING:
     from zoray.config.schema import RunConfig
@@ -40,12 +39,6 @@ def check_estimator(config: RunConfig) -> None:
         raise fault("split_signs", f"Nothing can be split of estimator {name}: {why}.", "Leave split_signs out.")
     if name not in DIFFERENTIATING:
         return
-    if isinstance(config.trainable, TrainableSparse | TrainableBlocks):
-        raise fault(
-            "trainable",
-            f"Estimator {name} finds slopes along whole directions, and trainable moves parts of them.",
-            "Set estimator to spsa or one_sided, or train full, a pattern, lora or prefix.",
-        )
     if not config.differentiable:
         raise fault(
             "objective",

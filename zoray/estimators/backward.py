@@ -26,7 +26,10 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """The mean loss of a batch, and its gradient by each parameter that it depends on, in the parameter's dtype."""
+    """The mean loss of a batch, and its gradient by each parameter that it depends on, in the parameter's dtype.
+
+    Of a parameter of which only some weights are moved, the gradient by those: it is 0 by the others.
+    """
 
     loss: float
     parts: tuple[tuple[ParamSpec, torch.Tensor], ...]
@@ -76,7 +79,9 @@ def gradient(prober: Prober, batch: Batch) -> Gradient:
         found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, wanted, allow_unused=True)
     # A probe reads each of them row by row.
     parts = [(spec, part.contiguous()) for spec, part in zip(specs, found, strict=True) if part is not None]
-    return Gradient(float(loss.detach()), tuple(parts))
+    masks = [prober.directions.coverage.mask(spec, parameters[spec].detach()) for spec, _ in parts]
+    moved = [(spec, part if mask is None else part * mask) for (spec, part), mask in zip(parts, masks, strict=True)]
+    return Gradient(float(loss.detach()), tuple(moved))
 
 
 def projected(found: Gradient, directions: Directions, address: Address) -> float:
@@ -84,8 +89,10 @@ def projected(found: Gradient, directions: Directions, address: Address) -> floa
 
     Where z has factors it is never made dense: <G, a b^T> = a^T G b.
     """
-    total: torch.Tensor | None = None
+    coverage, total = directions.coverage, None
     for spec, part in found.parts:
+        if not coverage.touches(coverage.group(spec), address[0]):
+            continue
         matrix = part.view(spec.rows, spec.cols)
         slope = _factored(matrix, directions, address, spec) if spec.rank else _dense(matrix, directions, address, spec)
         total = slope if total is None else total + slope.to(total.device)

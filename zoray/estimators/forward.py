@@ -48,6 +48,8 @@ class ForwardGradient(Estimator):
                     raise
                 what = f"The model cannot be differentiated forwards: {str(error).splitlines()[0]}"
                 raise ModelError(what, where="estimator", advice=_ADVICE) from error
-            if slope is None:
+            if slope is None and not self.prober.directions.coverage.groups:
                 raise ModelError("The loss has no derivative by the weights.", where="estimator", advice=_ADVICE)
-            return ProbeResult(step, direction, microbatch, float32(float(slope)), float32(float(loss)))
+            # A group may well have nothing that this loss depends on.
+            slope = 0.0 if slope is None else float(slope)
+            return ProbeResult(step, direction, microbatch, float32(slope), float32(float(loss)))

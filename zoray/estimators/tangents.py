@@ -39,11 +39,13 @@ def tangents(engine: Engine, active: Active) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(no_fused_attention())
         for module in engine.model.modules():
-            own, factored = dict(module._parameters), _factored(engine, module)
+            own, factored = dict(module._parameters), _factored(engine, module, active)
             stack.callback(module._parameters.update, own)
             for name, parameter in own.items():
                 spec = None if parameter is None else engine.specs.get(parameter)
-                if parameter is None or spec is None or (factored is not None and name == "weight"):
+                if parameter is None or spec is None or not active.touches(spec):
+                    continue
+                if factored is not None and name == "weight":
                     continue
                 if spec.name not in made:
                     z = active.noise(spec, parameter).to(parameter.dtype)
@@ -54,12 +56,12 @@ def tangents(engine: Engine, active: Active) -> Iterator[None]:
         yield
 
 
-def _factored(engine: Engine, module: nn.Module) -> Any:
-    """The forward of a layer whose weight has a direction of factors, if it has one."""
+def _factored(engine: Engine, module: nn.Module, active: Active) -> Any:
+    """The forward of a layer whose weight is moved along a direction of factors, if it is."""
     match engine.handlers.get(module):
-        case LinearLayer(weight=spec) if spec is not None:
+        case LinearLayer(weight=spec) if spec is not None and active.touches(spec) and not active.masked(spec):
             return _linear
-        case EmbeddingLayer():
+        case EmbeddingLayer(weight=spec) if active.touches(spec) and not active.masked(spec):
             return _embedding
     return None
 
