@@ -113,10 +113,14 @@ def aggregate(
         state: the optimizer's state after the commit before; by default that before the first.
 
     Raises:
-        ZorayError: a result is missing, given twice, or of another step.
+        ZorayError: a result is missing, given twice, or of another step, or the first lacks the curvature that the
+            optimizer wants.
         NumericsError: the factor of the update or of the weights is too large for float32.
     """
     table = _table(step, results, directions, microbatches)
+    if optimizer.wants_curvature and table[0, 0].curvature is None:
+        what = f"the optimizer goes by the curvature, and the first probe of step {step} has not measured it"
+        raise ZorayError(what, advice="give curved=True to replica.probe for direction 0 of microbatch 0")
     gradients: list[float] = []
     losses: list[float] = []
     for k in range(directions):
@@ -176,7 +180,7 @@ def commit(
     """The commit of `step` for a plain script: directions and microbatches are those of the probes given.
 
     Raises:
-        ZorayError: there is no probe, or they are not all of one grid (see `aggregate`).
+        ZorayError: there is no probe, they are not all of one grid, or the first has no curvature (see `aggregate`).
     """
     results = list(probes)
     if not results:

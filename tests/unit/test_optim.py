@@ -13,8 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from zoray.aggregate import Aggregate, ProbeResult, aggregate
+from zoray.aggregate import commit as committed
 from zoray.commits import Commit, float32
-from zoray.errors import ConfigError, NumericsError
+from zoray.errors import ConfigError, NumericsError, ZorayError
 from zoray.optim import SGD, Optimizer, Width
 from zoray.optim.curvature import CurvatureState, added, cautious
 from zoray.optim.noise import ASSUMED, LEAST, UNTOLD, heard
@@ -23,6 +24,7 @@ from zoray.optim.shaping import SHAPINGS, shaped
 from zoray.optim.width import CLEAR, NOISY, WidthState, disagreement
 
 RATE = 0.25
+CURVED = Optimizer(normalize="curvature")
 finite = st.floats(-1e6, 1e6, width=32)
 gradient_lists = st.lists(finite, min_size=2, max_size=9)
 optimizers = st.builds(
@@ -210,10 +212,18 @@ def test_steps_that_tell_nothing_of_the_signal() -> None:
     assert heard(once, 1.0, 100.0).share == LEAST
 
 
+def test_a_curvature_that_was_not_measured_is_missed() -> None:
+    with pytest.raises(ZorayError, match=r"(?s)has not measured it.*curved=True"):
+        committed(0, [ProbeResult(0, k, 0, 1.0, 1.0) for k in range(2)], learning_rate=1, optimizer=CURVED)
+    # The first probe's is enough, and one that says nothing is not one that is missing.
+    first = ProbeResult(0, 0, 0, 1.0, 1.0, math.nan)
+    assert committed(0, [ProbeResult(0, 1, 0, 1.0, 1.0), first], learning_rate=1, optimizer=CURVED).eta == 0
+
+
 def test_one_rate_descends_quadratics_of_any_curvature() -> None:
     """Plain SGD with one rate would stand still on the flat one or leave the steep one."""
     for sharpness in (1e-3, 1.0, 1e4):
-        optimizer, size = Optimizer(normalize="curvature"), 40
+        optimizer, size = CURVED, 40
         scales = sharpness * torch.linspace(0.1, 2, size, dtype=torch.float64)
         theta, state = torch.ones(size, dtype=torch.float64), optimizer.initial()
         generator = torch.Generator().manual_seed(0)
