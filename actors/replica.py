@@ -251,12 +251,13 @@ class ReplicaActor:
             result = self.replica.probe(
                 item.step, item.direction, self._batch(item), self.config.epsilon, item.microbatch
             )
-            return ProbeScalars(result.projected_gradient, result.loss, applied, time.perf_counter() - started)
+            took = time.perf_counter() - started
+            return ProbeScalars(result.projected_gradient, result.loss, applied, took, result.contrast)
         if item.kind.probing:
             started = time.perf_counter()
             sign = _SIGNS[item.kind]
-            loss = self.replica.side(item.step, item.direction, self._batch(item), self.config.epsilon, sign)
-            return SideLoss(loss, applied, time.perf_counter() - started)
+            found = self.replica.side(item.step, item.direction, self._batch(item), self.config.epsilon, sign)
+            return SideLoss(found.loss, applied, time.perf_counter() - started, found.contrast)
         if item.kind is Kind.EVAL:
             return self._evaluate(item.shard)
         if item.kind is Kind.SNAPSHOT:

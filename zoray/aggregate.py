@@ -12,12 +12,25 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from zoray.commits import COEFFICIENT_LIMIT, HASH_SIZE, Commit, float32, seal
 from zoray.errors import NumericsError, ZorayError
 from zoray.optim import SGD, Optimizer, OptimizerState
 from zoray.optim.shaping import mean
-from zoray.optim.width import disagreement
+from zoray.optim.width import disagreement, share_of_noise
+
+
+class MeanLoss(NamedTuple):
+    """What one evaluation of a probe found, float64.
+
+    Attributes:
+        loss: mean over the targets of the batch.
+        contrast: its noise, as `zoray.loss.RowLosses.contrast` has it from the two halves of the batch; None: not told.
+    """
+
+    loss: float
+    contrast: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +45,9 @@ class ProbeResult:
             (L(theta + epsilon z) - L(theta - epsilon z)) / (2 epsilon).
         loss: mean of the two losses; of other estimators, the loss at theta.
         curvature: z'Hz, the second difference of the loss along the direction; None where it was not measured.
+        contrast: a sample of the noise of the projected gradient: the difference that the contrasts of its losses make
+            in place of the losses. Of mean 0 and of the noise's variance. None where the batch has one row, or the
+            projected gradient is no difference.
     """
 
     step: int
@@ -40,20 +56,31 @@ class ProbeResult:
     projected_gradient: float
     loss: float
     curvature: float | None = None
+    contrast: float | None = None
 
     @classmethod
     def of_losses(
-        cls, step: int, direction: int, microbatch: int, plus: float, minus: float, epsilon: float
+        cls, step: int, direction: int, microbatch: int, plus: MeanLoss, minus: MeanLoss, epsilon: float
     ) -> ProbeResult:
-        """The probe whose two losses (float64) are given; its scalars are rounded to float32, as they travel."""
-        return cls(step, direction, microbatch, float32((plus - minus) / (2 * epsilon)), float32((plus + minus) / 2))
+        """The probe whose two losses are given; its scalars are rounded to float32, as they travel."""
+        loss = float32((plus.loss + minus.loss) / 2)
+        return cls._of_difference((step, direction, microbatch), plus, minus, 2 * epsilon, loss)
 
     @classmethod
     def of_one_side(
-        cls, step: int, direction: int, microbatch: int, plus: float, centre: float, epsilon: float
+        cls, step: int, direction: int, microbatch: int, plus: MeanLoss, centre: MeanLoss, epsilon: float
     ) -> ProbeResult:
-        """The probe of the losses (float64) at theta + epsilon z and at theta itself, as FZOO has it (2506.09034)."""
-        return cls(step, direction, microbatch, float32((plus - centre) / epsilon), float32(centre))
+        """The probe of the losses at theta + epsilon z and at theta itself, as FZOO has it (2506.09034)."""
+        return cls._of_difference((step, direction, microbatch), plus, centre, epsilon, float32(centre.loss))
+
+    @classmethod
+    def _of_difference(
+        cls, address: tuple[int, int, int], one: MeanLoss, other: MeanLoss, distance: float, loss: float
+    ) -> ProbeResult:
+        contrast = None
+        if one.contrast is not None and other.contrast is not None:
+            contrast = float32((one.contrast - other.contrast) / distance)
+        return cls(*address, float32((one.loss - other.loss) / distance), loss, contrast=contrast)
 
 
 def second_difference(mean: float, centre: float, epsilon: float) -> float:
@@ -71,7 +98,8 @@ class Aggregate:
         clipped: directions whose projected gradient was beyond `max_projected_gradient`.
         scale: weight of a coefficient of 1 (of plain SGD: projected gradient); 0 if all coefficients are 0.
         projected_gradients: mean over the microbatches of each direction, before clipping; nan for those left out.
-        disagreement: share of noise in them, as `zoray.optim.width` measures it; nan with one microbatch.
+        disagreement: share of noise in them, as `zoray.optim.width` measures it between microbatches, and with one
+            between the halves of the batches; nan if these do not tell.
     """
 
     commit: Commit
@@ -132,7 +160,11 @@ def aggregate(
     bound = math.inf if max_projected_gradient is None else max_projected_gradient
     bounded = [g if math.isnan(g) else max(-bound, min(bound, g)) for g in gradients]
     rows = [[table[k, m].projected_gradient for m in range(microbatches)] for k in range(directions)]
-    noise = disagreement([row for row, g in zip(rows, gradients, strict=True) if not math.isnan(g)])
+    counted = [k for k, gradient in enumerate(gradients) if not math.isnan(gradient)]
+    if microbatches > 1:
+        noise = disagreement([rows[k] for k in counted])
+    else:
+        noise = share_of_noise([gradients[k] for k in counted], [table[k, 0].contrast for k in counted])
     state = optimizer.initial() if state is None else state
     if losses:
         update = optimizer.update(state, step, bounded, noise, table[0, 0].curvature)

@@ -11,6 +11,7 @@ ever exists then.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +56,23 @@ class RowLosses:
     def mean(self, rows: slice = slice(None)) -> float:
         """Mean over all targets of some rows; NaN where there is none."""
         return float(self.sums[rows].sum() / self.counts[rows].sum())
+
+    def contrast(self, rows: slice = slice(None)) -> float | None:
+        """How far apart the means of two halves of some rows are, in units in which it is as noisy as `mean`.
+
+        With targets of variance v around the mean of all data, the mean over n has the variance v / n, and so has
+        (m_1 - m_2) sqrt(n_1 n_2) / n, whose expectation is 0: it tells the noise of the mean, and nothing else.
+
+        Returns:
+            None where fewer than two rows have a target.
+        """
+        sums, counts = self.sums[rows], self.counts[rows]
+        there = (counts > 0).nonzero().flatten()
+        if len(there) < 2:
+            return None
+        cut = int(there[len(there) // 2])
+        (first, last), (some, others) = ((float(x[:cut].sum()), float(x[cut:].sum())) for x in (sums, counts))
+        return (first / some - last / others) * math.sqrt(some * others) / (some + others)
 
     def summary(self) -> tuple[float, float, int, int, float]:
         """Over the rows that have a target: sum of the mean losses and of their squares, rows, correct ones, scores."""

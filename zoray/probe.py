@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from zoray.aggregate import MeanLoss
 from zoray.directions import Directions
 from zoray.errors import ModelError
 from zoray.loss import Batch, LossFunction, ModelLoss, RowLosses, doubled
@@ -50,8 +51,8 @@ class Prober:
         self._partitioned = any(map(is_partitioned, model.parameters()))
         self._warned: set[object] = set()
 
-    def losses(self, step: int, index: int, batch: Batch, epsilon: float) -> tuple[float, float]:
-        """(L(theta + eps z), L(theta - eps z)) in float64 for the direction (step, index).
+    def losses(self, step: int, index: int, batch: Batch, epsilon: float) -> tuple[MeanLoss, MeanLoss]:
+        """(L(theta + eps z), L(theta - eps z)) for the direction (step, index).
 
         A batch whose shapes rule out one forward for both signs, unlike those of the batch it was proved on, takes two.
         Nothing of that is remembered: the paths of a probe must not depend on the probes before it.
@@ -61,16 +62,16 @@ class Prober:
             if self.verdict.batched:
                 try:
                     losses = self._run(step, index, doubled(batch, rows), epsilon, Signs.BOTH, 2 * rows)
-                    return losses.mean(slice(0, rows)), losses.mean(slice(rows, None))
+                    return _mean(losses, slice(0, rows)), _mean(losses, slice(rows, None))
                 except NotBatchable as fault:
                     self._refuse_alone(batch, fault)
                     self._warn(batch, fault)
             plus = self._run(step, index, batch, epsilon, Signs.PLUS, rows)
             minus = self._run(step, index, batch, epsilon, Signs.MINUS, rows)
-            return plus.mean(), minus.mean()
+            return _mean(plus), _mean(minus)
 
-    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Sign) -> float:
-        """One of the two `losses` alone (float64), bit for bit; for probes of two forwards only.
+    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Sign) -> MeanLoss:
+        """One of the two `losses` alone, bit for bit; for probes of two forwards only.
 
         Sign 0 is L(theta), whatever the direction: by the same kernels, so that what a difference is made of is rounded
         alike. It may be asked for where both signs are in one forward, too.
@@ -88,7 +89,7 @@ class Prober:
             )
         with torch.no_grad():
             signs = Signs.MINUS if sign < 0 else Signs.PLUS
-            return self._run(step, direction, batch, epsilon * abs(sign), signs, len(batch["labels"])).mean()
+            return _mean(self._run(step, direction, batch, epsilon * abs(sign), signs, len(batch["labels"])))
 
     def evaluate(self, batch: Batch) -> RowLosses:
         """Row losses at the unperturbed weights, with what else the objective measures."""
@@ -122,6 +123,10 @@ class Prober:
         active = Active(self.directions, step, index, epsilon, signs, rows)
         with self.engine.perturbed(active):
             return self._objective.probe(self._model, batch, lambda: self._loss(batch, active))
+
+
+def _mean(losses: RowLosses, rows: slice = slice(None)) -> MeanLoss:
+    return MeanLoss(losses.mean(rows), losses.contrast(rows))
 
 
 def _bind(

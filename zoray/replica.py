@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from zoray.aggregate import ProbeResult, second_difference
+from zoray.aggregate import MeanLoss, ProbeResult, second_difference
 from zoray.commits import Commit
 from zoray.digest import tensor_digest
 from zoray.directions import Directions
@@ -172,12 +172,13 @@ class Replica:
             raise ConfigError("There are no losses beside the weights to find the curvature from.", where="estimator")
         mean = result.loss
         if self._kind is not ESTIMATORS["spsa"]:
-            mean = (self.side(step, direction, batch, epsilon, 1) + self.side(step, direction, batch, epsilon, -1)) / 2
-        centre = self.side(step, direction, batch, epsilon, 0)
+            beside: tuple[Sign, Sign] = (1, -1)
+            mean = sum(self.side(step, direction, batch, epsilon, sign).loss for sign in beside) / 2
+        centre = self.side(step, direction, batch, epsilon, 0).loss
         return replace(result, curvature=second_difference(mean, centre, epsilon))
 
-    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Sign) -> float:
-        """Mean loss (float64) at theta + sign epsilon z: half of a `probe` of two forwards (`signs` sequential).
+    def side(self, step: int, direction: int, batch: Batch, epsilon: float, sign: Sign) -> MeanLoss:
+        """Mean loss at theta + sign epsilon z: half of a `probe` of two forwards (`signs` sequential).
 
         With sign 0, at theta: half of a one-sided probe.
 

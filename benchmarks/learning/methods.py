@@ -10,14 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import zoray
-from benchmarks.learning.tasks import ROWS, Batch, Task, mean_loss, rows
+from benchmarks.learning.tasks import ROWS, Batch, Task, mean_loss
 from benchmarks.mezo import descend, normals
 from zoray.aggregate import ProbeResult
 from zoray.optim import SGD, Optimizer
@@ -99,7 +98,6 @@ class Zoray(Method):
     Attributes:
         directions: K.
         per_batch: directions that are on the same batch, one after another.
-        microbatches: parts of a batch that are probed apart.
         replica: arguments of `zoray.Replica`.
         estimator: "spsa" or "one_sided".
         scalars: what of a projected gradient counts: int8 as in a commit, or all its bits.
@@ -109,7 +107,6 @@ class Zoray(Method):
 
     directions: int = 16
     per_batch: int = 1
-    microbatches: int = 1
     replica: Mapping[str, Any] = field(default_factory=dict)
     estimator: Literal["spsa", "one_sided"] = "spsa"
     scalars: Literal["int8", "float32"] = "int8"
@@ -123,21 +120,14 @@ class Zoray(Method):
         return -(-self.directions // self.per_batch)
 
     @property
-    def forwards(self) -> float:
-        """Forward passes of a step, of `ROWS` rows each."""
-        return super().forwards / self.microbatches
-
-    @property
     def evaluations(self) -> int:
         """As many as the library really makes: two for each direction; one-sided, one for each and for each batch.
-
-        So many for each microbatch, and of its rows.
 
         The curvature takes two, since both signs go through one forward there too; one-sided, three losses of its own.
         """
         if self.estimator == "spsa":
-            return 2 * self.directions * self.microbatches + 2 * self.optimizer.wants_curvature
-        return (self.directions + self.batches) * self.microbatches + 3 * self.optimizer.wants_curvature
+            return 2 * self.directions + 2 * self.optimizer.wants_curvature
+        return self.directions + self.batches + 3 * self.optimizer.wants_curvature
 
     def middle(self, task: Task) -> float:
         """Of the task, or the optimizer's own."""
@@ -147,17 +137,14 @@ class Zoray(Method):
         """A replica of the model, with the run's seed."""
         replica = zoray.Replica(model.to(self.dtype), seed, estimator=self.estimator, **self.replica)
         state, curved = self.optimizer.initial(), self.optimizer.wants_curvature
-        size = self.rows // self.microbatches
 
         def step(number: int, rate: float) -> float:
             nonlocal state
             batches = [batch_of(number * self.batches + n) for n in range(self.batches)]
-            results = []
-            # A batch's directions one after another: what they share is computed once.
-            for n, m in product(range(self.batches), range(self.microbatches)):
-                part = rows(batches[n], slice(m * size, (m + 1) * size))
-                for k in range(n * self.per_batch, min(self.directions, (n + 1) * self.per_batch)):
-                    results.append(replica.probe(number, k, part, EPSILON, m, curved=curved and k == m == 0))
+            results = [
+                replica.probe(number, k, batches[k // self.per_batch], EPSILON, curved=curved and k == 0)
+                for k in range(self.directions)
+            ]
             if self.scalars == "float32":
                 add_exactly(replica, results, rate)
             else:
@@ -215,7 +202,7 @@ HALF = torch.bfloat16
 MOMENT = Optimizer(normalize="second_moment")
 CURVED = Optimizer(normalize="curvature")
 ONE_SIDED = Optimizer(normalize="curvature", shaping="centered")
-DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear", "version": 2}
+DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear", "version": 3}
 """What `zoray train` does where nothing is said (`zoray.config`)."""
 GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
 ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16, "version": 2}
@@ -231,21 +218,12 @@ METHODS: dict[str, Method] = {
     "inputs-third": Zoray(
         title="zoray's defaults, adapters of inputs, a third of the passes", **DEFAULT, inputs=True, share=THIRD
     ),
-    "told": Zoray(title="zoray's defaults, and two batches of 2 rows a direction", **DEFAULT, microbatches=2),
-    "told-third": Zoray(
-        title="zoray's defaults, and two batches of 2 rows a direction, a third of the passes",
-        **DEFAULT, microbatches=2, share=THIRD,
-    ),
-    "told-inputs-third": Zoray(
-        title="zoray's defaults, two batches of 2 rows a direction, adapters of inputs, a third of the passes",
-        **DEFAULT, microbatches=2, inputs=True, share=THIRD,
-    ),
+    "groups": Zoray(title="zoray's defaults, one-sided, 4 on each batch", **GROUPS),
     "groups-third": Zoray(
-        title="one-sided, K = 16, 4 on each batch of 4 rows, curvature, rate 0.1, linear, a third of the passes",
-        **GROUPS, share=THIRD,
+        title="zoray's defaults, one-sided, 4 on each batch, a third of the passes", **GROUPS, share=THIRD
     ),
     "groups-inputs-third": Zoray(
-        title="one-sided, K = 16, 4 on each batch of 4 rows, adapters of inputs, a third of the passes",
+        title="zoray's defaults, one-sided, 4 on each batch, adapters of inputs, a third of the passes",
         **GROUPS, inputs=True, share=THIRD,
     ),
     "rank1-rows": Zoray(title="rank-1, K = 16, 4 rows", rate=10, rows=4),
@@ -256,7 +234,7 @@ METHODS: dict[str, Method] = {
     ),
     "curved": Zoray(
         title="rank-1, K = 16, curvature, linear schedule",
-        unit=0.2, optimizer=CURVED, schedule="linear", version=2,
+        unit=0.2, optimizer=CURVED, schedule="linear", version=3,
     ),
     "moment": Zoray(title="rank-1, K = 16, second moment (MEAZO)", unit=0.005, optimizer=MOMENT),
     "fzoo": Zoray(

@@ -21,9 +21,9 @@ from benchmarks.learning.summary import ACCURACY, LOSS, Cell, cell, difference, 
 
 PAGE = Path(__file__).parents[2] / "docs/learning.md"
 BASELINE = "mezo"
-THIRDS = ("default-third", "told-third", "inputs-third", "told-inputs-third", "groups-third", "groups-inputs-third")
+THIRDS = ("default-third", "inputs-third", "groups-third", "groups-inputs-third")
 """Methods that take a third of the passes, the first being what `zoray train` does unless it is told otherwise."""
-WHOLE = ("default", "told", "inputs")
+WHOLE = ("default", "groups", "inputs")
 """The same with all of them: none may diverge."""
 Cells = dict[tuple[str, str], Cell]
 
@@ -38,7 +38,6 @@ PAIRS = (
     ("rank1-one-bf16", "rank1-one", "bfloat16 rounded stochastically against float32, K = 1", NOT_WORSE),
     ("mezo-bf16", "mezo", "bfloat16 in place, as MeZO does it, against float32", WORSE),
     ("rank1-rows", "rank1", "4 rows a probe against 16", ""),
-    ("told-third", "default-third", "two batches of 2 rows a direction against one of 4, a third of the passes", ""),
     ("inputs-third", "default-third", "adapters of inputs against what the task trains, a third of the passes", ""),
     ("groups-third", "default-third", "one-sided, four on a batch, against two-sided, a third of the passes", ""),
     (

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests.simulation.disk import empty_ledger
-from zoray.aggregate import ProbeResult, aggregate, second_difference
+from zoray.aggregate import MeanLoss, ProbeResult, aggregate, second_difference
 from zoray.commits import HASH_SIZE, Commit
 from zoray.protocol import DigestValue, EvalSums, Evaluation, Item, Kind, Payload, ProbeScalars, Settings, SideLoss
 from zoray.protocol.decide import evaluation
@@ -74,9 +74,14 @@ class Problem:
             plus = math.inf
         sides = {Kind.PLUS: plus, Kind.CENTRE: (plus + minus) / 2 - 0.01 * epsilon, Kind.MINUS: minus}
         if item.kind in sides:
-            return SideLoss(sides[item.kind], 0.5, 0.5)
-        both = ProbeResult.of_losses(item.step, item.direction, item.microbatch, plus, minus, epsilon)
-        return ProbeScalars(both.projected_gradient, both.loss, 0.5, 1.0)
+            return SideLoss(sides[item.kind], 0.5, 0.5, _told(sides[item.kind]).contrast)
+        both = ProbeResult.of_losses(item.step, item.direction, item.microbatch, _told(plus), _told(minus), epsilon)
+        return ProbeScalars(both.projected_gradient, both.loss, 0.5, 1.0, both.contrast)
+
+
+def _told(loss: float) -> MeanLoss:
+    """A loss with a contrast, another for every loss."""
+    return MeanLoss(loss, loss * loss - 3)
 
 
 @dataclass
@@ -106,11 +111,13 @@ def _plain_probe(problem: Problem, weights: Weights, step: int, index: int, micr
     if problem.settings.one_sided:
         first = index // problem.settings.directions_per_batch * problem.settings.directions_per_batch
         items = Item(Kind.PLUS, step, index, microbatch), Item(Kind.CENTRE, step, first, microbatch)
-        plus, centre = (side.loss for item in items if isinstance(side := problem.run(weights, item), SideLoss))
+        sides = (side for item in items if isinstance(side := problem.run(weights, item), SideLoss))
+        plus, centre = (MeanLoss(side.loss, side.contrast) for side in sides)
         return ProbeResult.of_one_side(step, index, microbatch, plus, centre, problem.settings.epsilon)
     scalars = problem.run(weights, Item(Kind.PROBE, step, index, microbatch))
     assert isinstance(scalars, ProbeScalars)
-    return ProbeResult(step, index, microbatch, scalars.projected_gradient, scalars.loss)
+    gradient, loss = scalars.projected_gradient, scalars.loss
+    return ProbeResult(step, index, microbatch, gradient, loss, contrast=scalars.contrast)
 
 
 def golden(problem: Problem) -> Golden:

@@ -168,7 +168,7 @@ def check(model: Any, tolerance: float, **options: Any) -> Replica:
             expected = [
                 float(really_perturbed(model, replica, step, index, s * EPSILON)(**batch).loss) for s in (1, -1)
             ]
-        assert found == pytest.approx(expected, abs=tolerance)
+        assert [each.loss for each in found] == pytest.approx(expected, abs=tolerance)
         assert abs(expected[0] - expected[1]) > 4 * tolerance, "the direction must matter, or nothing is shown"
     assert replica.digest() == before
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -261,7 +261,7 @@ def test_lengths_and_rows_may_coincide(make: Callable[[], Any], batched: bool, r
         found = replica._prober.losses(1, 0, data, EPSILON)
         with torch.no_grad():
             expected = [float(really_perturbed(model, replica, 1, 0, s * EPSILON)(**data).loss) for s in (1, -1)]
-        assert found == pytest.approx(expected, abs=5e-6), length
+        assert [each.loss for each in found] == pytest.approx(expected, abs=5e-6), length
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
@@ -286,8 +286,9 @@ def test_logits_widened_after_the_head(dtype: torch.dtype, tmp_path: Path) -> No
     assert sliced.prove(batch).chunked and not whole.prove(batch).chunked
     assert sliced._prober is not None and whole._prober is not None
     for index in range(3):
-        found = sliced._prober.losses(0, index, batch, 0.05)
-        assert found == pytest.approx(whole._prober.losses(0, index, batch, 0.05), abs=1e-4)
+        both = zip(*(each.losses(0, index, batch, 0.05) for each in (sliced._prober, whole._prober)), strict=True)
+        for found, expected in both:
+            assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mamba"])

@@ -5,6 +5,7 @@ What they are held against is the gradient of plain torch, projected on the dire
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -192,7 +193,7 @@ def test_a_one_sided_probe_is_that_of_its_own_pieces(make: Callable[[], Any]) ->
         centre, plus = (other.side(1, direction, batch, 1e-3, s) for direction, s in ((0, 0), (k, 1)))  # type: ignore[arg-type]
         assert replica.probe(1, k, batch, 1e-3) == ProbeResult.of_one_side(1, k, 0, plus, centre, 1e-3)
     assert {other.side(1, k, batch, 1e-3, 0) for k in range(3)} == {centre}, "it has no direction"
-    assert centre == pytest.approx(other.evaluate(batch).mean(), abs=1e-6)
+    assert centre.loss == pytest.approx(other.evaluate(batch).mean(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,6 +217,30 @@ def test_a_probe_depends_on_nothing_but_weights_and_address(name: EstimatorName)
         for step, k, m in generator.sample(addresses, len(addresses)):
             copied = {key: tensor.clone() for key, tensor in batches[m].items()}
             assert replica.probe(step, k, copied, 1e-3, m) == expected[step, k, m]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [gpt2, bert])
+def test_a_contrast_is_what_the_slopes_of_two_halves_differ_by(make: Callable[[], Any], name: EstimatorName) -> None:
+    """g = w_1 g_1 + w_2 g_2 and contrast = (g_1 - g_2) sqrt(w_1 w_2), with w the shares of the targets."""
+    model = moved(make)
+    batch = batch_for(model)
+    replica = made(model, name)
+    rows = len(batch["labels"])
+    halves = [
+        {key: tensor[part] for key, tensor in batch.items()} for part in (slice(rows // 2), slice(rows // 2, rows))
+    ]
+    counts = [float(replica.evaluate(half).counts.sum()) for half in halves]
+    shares = [count / sum(counts) for count in counts]
+    whole = replica.probe(0, 1, batch, 1e-2)
+    if name in EXACT:
+        assert whole.contrast is None
+        return
+    first, second = (replica.probe(0, 1, half, 1e-2).projected_gradient for half in halves)
+    assert whole.projected_gradient == pytest.approx(shares[0] * first + shares[1] * second, abs=1e-3)
+    assert whole.contrast == pytest.approx((first - second) * math.sqrt(shares[0] * shares[1]), abs=1e-3)
+    assert abs(first - second) > 0.01, "or nothing is shown"
+    assert replica.probe(0, 1, {key: tensor[:1] for key, tensor in batch.items()}, 1e-2).contrast is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -342,7 +367,9 @@ def test_a_prober_whose_signs_share_a_forward_has_no_sides() -> None:
     with pytest.raises(ModelError, match="signs: sequential"):
         replica.side(0, 0, batch_for(model), 1e-3, 1)
     # At the weights there is no sign: both halves are the same.
-    assert replica.side(0, 0, batch_for(model), 1e-3, 0) == pytest.approx(replica.evaluate(batch_for(model)).mean())
+    assert replica.side(0, 0, batch_for(model), 1e-3, 0).loss == pytest.approx(
+        replica.evaluate(batch_for(model)).mean()
+    )
     assert not made(model, "one_sided").prove(batch_for(model)).batched
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_protocol import Driver, of, probe, settings
-from zoray.aggregate import ProbeResult, aggregate
+from zoray.aggregate import MeanLoss, ProbeResult, aggregate
 from zoray.optim import Optimizer, Width
 from zoray.protocol import (
     Action,
@@ -58,16 +58,26 @@ def centre(item: Item) -> float:
     return 1.7 + 0.1 * item.microbatch - 0.003 * item.part
 
 
+def told(loss: float) -> MeanLoss:
+    """A loss with a contrast, another for every loss."""
+    return MeanLoss(loss, loss * loss - 3)
+
+
+def side(loss: float) -> SideLoss:
+    return SideLoss(loss, 0.0, 0.0, told(loss).contrast)
+
+
 def answer(run: Driver, name: str, item: Item) -> tuple[Action, ...]:
     plus, minus = losses(item)
     match item.kind:
         case Kind.CENTRE:
-            return run.feed(Answer(name, item, SideLoss(centre(item), 0.0, 0.0)))
+            return run.feed(Answer(name, item, side(centre(item))))
         case Kind.PROBE:
-            both = ProbeResult.of_losses(item.step, item.part, item.microbatch, plus, minus, 1e-3)
-            return run.feed(Answer(name, item, ProbeScalars(both.projected_gradient, both.loss, 0.0, 0.0)))
+            both = ProbeResult.of_losses(item.step, item.part, item.microbatch, told(plus), told(minus), 1e-3)
+            scalars = ProbeScalars(both.projected_gradient, both.loss, 0.0, 0.0, both.contrast)
+            return run.feed(Answer(name, item, scalars))
         case Kind.PLUS | Kind.MINUS:
-            return run.feed(Answer(name, item, SideLoss(plus if item.kind is Kind.PLUS else minus, 0.0, 0.0)))
+            return run.feed(Answer(name, item, side(plus if item.kind is Kind.PLUS else minus)))
         case Kind.EVAL:
             return run.feed(Answer(name, item, EvalSums(4.0, 9.0, 2, 1)))
     return run.feed(Answer(name, item, DigestValue(7)))
@@ -254,7 +264,7 @@ def test_one_sided_probes_share_the_loss_at_the_weights(
         grid = [Item(Kind.PLUS, step, k, m) for k in range(directions) for m in range(microbatches)]
         beside = [centre(Item(Kind.CENTRE, step, i.part // shared * shared, i.microbatch)) for i in grid]
         probes = [
-            ProbeResult.of_one_side(step, i.part, i.microbatch, losses(i)[0], loss, 1e-3)
+            ProbeResult.of_one_side(step, i.part, i.microbatch, told(losses(i)[0]), told(loss), 1e-3)
             for i, loss in zip(grid, beside, strict=True)
         ]
         expected = aggregate(step, probes, **keys, learning_rate=0.1, previous=previous).commit

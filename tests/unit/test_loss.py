@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -81,7 +83,7 @@ def test_a_perturbed_head_in_slices(signs: Any, frozen: str | None, rank: int) -
         with torch.no_grad():
             logits = really_perturbed(model, replica, 1, 2, sign * 0.05)(data["input_ids"])
         expected = exact(logits, data["labels"]).sum() / data["labels"].ne(IGNORED).sum()
-        assert loss == pytest.approx(float(expected), abs=2e-6)
+        assert loss.loss == pytest.approx(float(expected), abs=2e-6)
 
 
 @pytest.mark.parametrize("chunked", [True, False])
@@ -145,3 +147,25 @@ def test_a_model_without_logits_is_refused() -> None:
     model = hf.GPT2Model(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0))
     with pytest.raises(ModelError, match="GPT2Model returns no logits"):
         ModelLoss(model)({"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.tensor([0, 1])})
+
+
+rows_of_targets = st.lists(st.lists(st.floats(0, 20), max_size=5), max_size=9)
+
+
+@given(rows_of_targets)
+def test_a_contrast_is_as_noisy_as_the_mean_whatever_rows_have(rows: list[list[float]]) -> None:
+    """Its weights of the targets add up to 0, and their squares to as much as those of the mean's."""
+    counts = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    losses = RowLosses(torch.tensor([math.fsum(row) for row in rows], dtype=torch.float64), counts)
+    there = [row for row in rows if row]
+    if len(there) < 2:
+        assert losses.contrast() is None
+        return
+    first, second = ([x for row in half for x in row] for half in (there[: len(there) // 2], there[len(there) // 2 :]))
+    n, m = len(first), len(second)
+    weight = math.sqrt(n * m) / (n + m)
+    weights = [weight / n] * n + [-weight / m] * m
+    assert math.fsum(weights) == pytest.approx(0, abs=1e-12)
+    assert math.fsum(w * w for w in weights) == pytest.approx(1 / (n + m))
+    expected = math.fsum(w * x for w, x in zip(weights, first + second, strict=True))
+    assert losses.contrast() == pytest.approx(expected, abs=1e-9)

@@ -21,7 +21,7 @@ from zoray.optim.curvature import CurvatureState, added, cautious
 from zoray.optim.noise import ASSUMED, LEAST, UNTOLD, heard
 from zoray.optim.optimizer import FORGOTTEN, OptimizerState
 from zoray.optim.shaping import SHAPINGS, shaped
-from zoray.optim.width import CLEAR, NOISY, WidthState, disagreement
+from zoray.optim.width import CLEAR, NOISY, WidthState, disagreement, share_of_noise
 
 RATE = 0.25
 CURVED = Optimizer(normalize="curvature")
@@ -51,6 +51,18 @@ def decide(
     results = [ProbeResult(step, k, m, float32(g), 1.0, 5.0 + step) for k, m, g in addressed]
     return aggregate(
         step, results, directions=len(rows), microbatches=len(rows[0]), learning_rate=RATE, previous=previous,
+        optimizer=optimizer, state=state,
+    )  # fmt: skip
+
+
+def by_halves(optimizer: Optimizer, state: Any, step: int, rows: Sequence[Sequence[float]]) -> Aggregate:
+    """The same where the two gradients of a direction are those of the two halves of one batch."""
+    results = [
+        ProbeResult(step, k, 0, float32((one + other) / 2), 1.0, 5.0 + step, float32((one - other) / 2))
+        for k, (one, other) in enumerate(rows)
+    ]
+    return aggregate(
+        step, results, directions=len(rows), microbatches=1, learning_rate=RATE, previous=bytes(32),
         optimizer=optimizer, state=state,
     )  # fmt: skip
 
@@ -186,7 +198,8 @@ def test_samples_of_the_curvature_that_say_nothing() -> None:
 
 @pytest.mark.parametrize("shaping", ["none", "centered", "guided"])
 @pytest.mark.parametrize("noise", [0.0, 1.0, 4.0])
-def test_two_batches_tell_how_much_is_signal(noise: float, shaping: Any) -> None:
+@pytest.mark.parametrize("halves", [False, True])
+def test_two_batches_or_two_halves_tell_how_much_is_signal(halves: bool, noise: float, shaping: Any) -> None:
     """The rate is the share of signal, in units of what is assumed where nothing tells."""
     generator = torch.Generator().manual_seed(1)
     optimizer = Optimizer(normalize="curvature", shaping=shaping)
@@ -194,12 +207,14 @@ def test_two_batches_tell_how_much_is_signal(noise: float, shaping: Any) -> None
     for step in range(200):
         slopes = torch.randn(16, 1, generator=generator) * 3 + (5.0 if shaping == "centered" else 0.0)
         rows = slopes + 3 * noise**0.5 * torch.randn(16, 2, generator=generator)
-        decided = decide(optimizer, state, step, rows.tolist())
+        decided = (by_halves if halves else decide)(optimizer, state, step, rows.tolist())
         state = optimizer.after(state, decided.commit)
         kept = Commit.decode(decided.commit.encode(), bytes(32))
         assert optimizer.restore([kept]).signal == state.signal != OptimizerState().signal
         moved = decided.commit.eta / RATE
-    assert state.signal.share == pytest.approx(1 / (1 + noise / 2), abs=0.05)
+    # What was assumed is worth 20 steps.
+    expected = (200 / (1 + noise / 2) + 20 * ASSUMED) / 220
+    assert state.signal.share == pytest.approx(expected, abs=0.05)
     alone = decide(optimizer, OptimizerState(curvature=state.curvature), 200, rows.mean(1, keepdim=True).tolist())
     assert moved / (alone.commit.eta / RATE) == pytest.approx(state.signal.share / ASSUMED, rel=0.1)
 
@@ -295,6 +310,18 @@ def test_disagreement_is_the_share_of_noise() -> None:
     # The mean of 4 has a variance of 1 of slopes and of 1/4 of noise.
     assert disagreement((slopes + noise).tolist()) == pytest.approx(0.2, rel=0.1)
     assert math.isnan(disagreement([[1.0], [2.0]])) and math.isnan(disagreement([[0.0, 0.0]]))
+
+
+@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=9))
+def test_halves_of_a_batch_and_two_batches_have_the_same_noise(rows: list[tuple[float, float]]) -> None:
+    gradients, contrasts = ([(one + sign * other) / 2 for one, other in rows] for sign in (1, -1))
+    found, expected = share_of_noise(gradients, contrasts), disagreement(rows)
+    assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_noise_that_is_not_told() -> None:
+    assert all(math.isnan(share_of_noise([1.0, 2.0], [3.0, untold])) for untold in (None, math.nan, math.inf))
+    assert math.isnan(share_of_noise([], [])) and math.isnan(share_of_noise([0.0], [1.0]))
 
 
 def test_width_follows_the_noise() -> None:

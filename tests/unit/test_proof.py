@@ -134,7 +134,7 @@ def agrees(model: nn.Module, replica: Replica, data: dict[str, torch.Tensor]) ->
         loss = ModelLoss(really_perturbed(model, replica, 2, 1, sign * 1e-2))
         with torch.no_grad():
             expected.append(loss(data).mean())
-    assert found == pytest.approx(expected, abs=2e-6)
+    assert [each.loss for each in found] == pytest.approx(expected, abs=2e-6)
 
 
 class Positions(nn.Module):

@@ -31,13 +31,13 @@ f32 = st.floats(width=32, allow_nan=False)
 u32 = st.integers(0, 2**32 - 1)
 items = st.builds(Item, st.sampled_from(Kind), st.integers(0, 2**64 - 1), u32, st.integers(0, 2**16 - 1))
 PAYLOADS = {
-    Kind.PROBE: st.builds(ProbeScalars, f32, f32, f32, f32),
+    Kind.PROBE: st.builds(ProbeScalars, f32, f32, f32, f32, st.none() | f32),
     Kind.EVAL: st.builds(EvalSums, st.floats(allow_nan=False), st.floats(allow_nan=False), u32, u32),
     Kind.SNAPSHOT: st.builds(DigestValue, st.integers(0, 2**128 - 1)),
     Kind.DIGEST: st.builds(DigestValue, st.integers(0, 2**128 - 1)),
-    Kind.PLUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
-    Kind.MINUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
-    Kind.CENTRE: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32),
+    Kind.PLUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32, st.none() | st.floats(allow_nan=False)),
+    Kind.MINUS: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32, st.none() | st.floats(allow_nan=False)),
+    Kind.CENTRE: st.builds(SideLoss, st.floats(allow_nan=False), f32, f32, st.none() | st.floats(allow_nan=False)),
 }
 answers = items.flatmap(lambda item: st.builds(Answer, st.just("r1"), st.just(item), PAYLOADS[item.kind]))
 refusals = st.builds(Refused, st.just("r1"), items, st.integers(0, 2**64 - 1), st.text(max_size=50))
@@ -78,8 +78,8 @@ def test_scalars_are_rounded_to_float32() -> None:
 
 def test_probe_takes_the_bytes_documented() -> None:
     request, answer = encode_request(PROBE), encode_answer(Answer("r1", PROBE, ProbeScalars(1.0, 2.0, 3.0, 4.0)))
-    assert (len(request), len(answer)) == (15, 31)
-    assert len(encode_request(PROBE, joined(chain(1)))) + len(answer) == 127
+    assert (len(request), len(answer)) == (15, 35)
+    assert len(encode_request(PROBE, joined(chain(1)))) + len(answer) == 131
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 14, bytes([7]) + bytes(14), bytes([16]) + bytes(14)])

@@ -24,7 +24,7 @@ class OptimizerConfig(Section):
         "curvature",
         "What projected gradients are divided by, so that one learning rate serves losses of any scale: the curvature "
         "of the loss, which one evaluation more per step measures (`curvature`; the learning rate is then a number "
-        "below 1, for any model, and with `microbatches` of 2 or more adapts to the noise of the batches; wants an "
+        "below 1, for any model, and with two rows a direction or more adapts to the noise of the batches; wants an "
         "`epsilon` of 1e-3 or more), their standard deviation in the step "
         "(`loss_deviation`, as in FZOO), or the root of a running mean of their squares (`second_moment`, as in "
         "MEAZO). With `none`, as in MeZO, the learning rate is that of plain SGD: try 1e-6.",
@@ -49,7 +49,7 @@ class OptimizerConfig(Section):
     max_directions: int | None = key(
         None,
         "With it the number of directions is adaptive: from `directions` to this, doubled where the microbatches of a "
-        "direction disagree and halved where they agree. Needs `microbatches` of 2 or more.",
+        "direction, or the halves of its one batch, disagree and halved where they agree.",
         mathematics=True,
         ge=1,
     )

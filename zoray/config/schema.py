@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from zoray import schedule
 from zoray.commits import MOST_RUNS
-from zoray.config.estimator import EstimatorName, check_estimator
+from zoray.config.estimator import DIFFERENTIATING, EstimatorName, check_estimator
 from zoray.config.objective import OBJECTIVE, check_objective
 from zoray.config.optimizer import OptimizerConfig
 from zoray.config.sections import (
@@ -423,12 +423,20 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _optimizer_has_what_it_needs(self) -> Self:
         most = self.optimizer.max_directions
-        if most is not None and (self.microbatches < 2 or most < self.directions):
+        if most is not None and most < self.directions:
             raise fault(
                 "optimizer.max_directions",
-                f"From {self.directions} to {most} directions, each on {self.microbatches} microbatches: their number "
-                "follows from how much the microbatches of a direction disagree.",
-                "Set microbatches to 2 or more, and optimizer.max_directions to directions or more.",
+                f"From {self.directions} to {most} directions.",
+                "Set optimizer.max_directions to directions or more.",
+            )
+        halved = self.per_direction_batch_size > 1 and self.estimator not in DIFFERENTIATING
+        if most is not None and self.microbatches == 1 and not halved:
+            raise fault(
+                "optimizer.max_directions",
+                "The number of directions follows from how much the microbatches of a direction disagree, or the "
+                f"halves of its one batch, and there is one of {self.per_direction_batch_size} rows, with estimator "
+                f"{self.estimator}.",
+                "Set microbatches to 2 or more.",
             )
         if self.optimizer.normalize == "curvature" and not self.differentiable:
             raise fault(

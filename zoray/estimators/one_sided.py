@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from zoray.aggregate import ProbeResult
+from zoray.aggregate import MeanLoss, ProbeResult
 from zoray.estimators.base import Estimator, Kept
 from zoray.loss import Batch
 from zoray.probe import Prober
@@ -19,7 +19,7 @@ class OneSided(Estimator):
 
     def __init__(self, prober: Prober) -> None:
         super().__init__(prober)
-        self._centre = Kept[float]()
+        self._centre = Kept[MeanLoss]()
 
     def probe(self, step: int, direction: int, batch: Batch, epsilon: float, microbatch: int = 0) -> ProbeResult:
         """The probe; its loss is L(theta)."""

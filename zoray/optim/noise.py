@@ -2,8 +2,11 @@
 
 A projected gradient on one batch is <grad L, z> and noise of the batch, so that E g^2 = |grad L|^2 (1 + s/B) with s the
 trace of a row's gradient covariance over |grad L|^2 and B the rows. A step of eta along sum_k g_k z_k is best at
-eta = share / z'Hz with share = 1 / (1 + s/B). Two batches along one direction tell it: their slopes have nothing in
-common but the signal.
+eta = share / z'Hz with share = 1 / (1 + s/B). Two batches along one direction tell it, and so do the two halves of one:
+their slopes have nothing in common but the signal.
+
+The mean goes back far. A share that followed each step would be best for the loss of the next one, and too small too
+early for that at the end (Wu et al. 2018, arXiv 1803.02021): what noise is there is taken away by the schedule.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from dataclasses import dataclass
 from zoray.commits import float32
 
 ASSUMED = 0.1
-"""Share of signal where every direction is probed on one batch, which does not tell; about that of small batches."""
+"""Share of signal where probes have one row, which does not tell; about that of small batches."""
 
 LEAST = 0.01
 """What a share is at least: a measured one may be negative by chance."""
 
-_MEMORY = 0.98
+_MEMORY = 0.998
 """Decay of the running sums: a share is measured by many small products, each mostly noise."""
 
 _DOUBT = 20

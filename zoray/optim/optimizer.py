@@ -90,7 +90,7 @@ class Optimizer:
             over epsilon (FZOO, arXiv 2506.09034); "second_moment", the root of a running mean of their squares (a
             scalar where Adam has one for each parameter, as in MEAZO); "curvature", the curvature of the loss over K,
             which makes the learning rate a number without a unit, below 1 (`zoray.optim.curvature`), and, where a
-            direction has several microbatches, over the share of signal that they tell, in units of 0.1
+            direction is probed on two rows or more, over the share of signal that these tell, in units of 0.1
             (`zoray.optim.noise`); "none", nothing.
         beta2: decay of the running means, which are corrected for their start at 0 as in Adam.
         momentum: mu of heavy-ball momentum, m <- mu m + g (as `torch.optim.SGD` has it, without dampening).

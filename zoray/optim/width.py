@@ -1,6 +1,7 @@
 """An adaptive number of directions per step: more where the scalars disagree.
 
-A direction that is probed on M >= 2 microbatches gives M estimates of one slope. The share of noise in their mean,
+A direction that is probed on M >= 2 microbatches gives M estimates of one slope, and so do the two halves of one batch.
+The share of noise in their mean,
 
     rho = mean over k of (variance of g_k over its batches / M)  /  mean over k of (mean of g_k)^2,
 
@@ -86,3 +87,18 @@ def disagreement(rows: Sequence[Sequence[float]]) -> float:
     noise = mean([deviation(row) ** 2 / len(row) for row in rows])
     signal = mean_square([mean(row) for row in rows])
     return noise / signal if signal else math.nan
+
+
+def share_of_noise(gradients: Sequence[float], contrasts: Sequence[float | None]) -> float:
+    """rho of a step with one microbatch, from a sample of the noise of each of its projected gradients.
+
+    Args:
+        gradients: of each direction, all finite.
+        contrasts: of each (see `zoray.aggregate.ProbeResult`). One that is missing or not finite leaves rho untold.
+
+    Returns:
+        nan where it is not told, or no slope was found. Above 1 by chance, where a step is mostly noise.
+    """
+    told = [contrast for contrast in contrasts if contrast is not None and math.isfinite(contrast)]
+    square = mean_square(gradients) if gradients else 0.0
+    return mean_square(told) / square if square and len(told) == len(gradients) else math.nan

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from zoray.aggregate import ProbeResult, aggregate, second_difference
+from zoray.aggregate import MeanLoss, ProbeResult, aggregate, second_difference
 from zoray.errors import NumericsError
 from zoray.protocol.assign import release
 from zoray.protocol.messages import (
@@ -64,12 +64,14 @@ def _probes(state: State) -> list[ProbeResult]:
     for item, result in state.results.items():
         payload, address = result.payload, (item.step, item.direction, item.microbatch)
         if isinstance(payload, ProbeScalars):
-            found.append(ProbeResult(*address, payload.projected_gradient, payload.loss))
+            scalars = payload.projected_gradient, payload.loss
+            found.append(ProbeResult(*address, *scalars, contrast=payload.contrast))
         elif isinstance(payload, SideLoss) and item.kind is Kind.PLUS:
             centre = item._replace(kind=Kind.CENTRE, part=settings.first_on_batch(item.direction))
             other = state.results[centre if one_sided else item._replace(kind=Kind.MINUS)].payload
             assert isinstance(other, SideLoss)
-            found.append(put_together(*address, payload.loss, other.loss, settings.epsilon))
+            plus, base = (MeanLoss(each.loss, each.contrast) for each in (payload, other))
+            found.append(put_together(*address, plus, base, settings.epsilon))
     if settings.optimizer.wants_curvature:
         found = [replace(p, curvature=_curvature(state, p)) if p.direction == p.microbatch == 0 else p for p in found]
     return found

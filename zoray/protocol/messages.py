@@ -69,21 +69,23 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ProbeScalars:
-    """Result of a probe: the projected gradient and mean loss (float32 values), and where the seconds went."""
+    """Result of a probe: projected gradient, mean loss and contrast (float32 values), and where the seconds went."""
 
     projected_gradient: float
     loss: float
     apply_seconds: float
     probe_seconds: float
+    contrast: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SideLoss:
-    """Result of one evaluation of a probe: the mean loss (float64) at theta + or - epsilon z, or at theta."""
+    """Result of one evaluation of a probe: the mean loss and its contrast (float64) at theta +- epsilon z, or theta."""
 
     loss: float
     apply_seconds: float
     probe_seconds: float
+    contrast: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

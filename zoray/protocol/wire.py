@@ -2,19 +2,21 @@
 
     request:  u8 kind | u64 step | u32 part | u16 microbatch | records of the commits that the replica lacks
     answer:   u8 kind + 16 * outcome | u64 step | u32 part | u16 microbatch | outcome
-        answered (0)  probe: f32 projected gradient, f32 loss, f32 seconds of applying, f32 seconds of the probe
-                      one evaluation of a probe: f64 loss, f32 seconds of applying, f32 seconds of the evaluation
+        answered (0)  probe: f32 projected gradient, f32 loss, f32 seconds of applying, f32 of the probe, f32 contrast
+                      one evaluation of a probe: f64 loss, f32 seconds of applying, f32 of the evaluation, f64 contrast
+                      (a contrast that there is not is nan)
                       evaluation: f64 sum of losses, f64 sum of squares, u32 count, u32 correct, f64 sum of scores
                       snapshot, digest: u128 digest
         refused (1)   u64 step held, reason in UTF-8
         failed (2)    reason in UTF-8
 
-A probe takes 15 + 31 = 46 bytes in both directions together; with the commit of 16 directions (81 bytes, and 38
-more where the curvature is measured), 127.
+A probe takes 15 + 35 = 50 bytes in both directions together; with the commit of 16 directions (81 bytes, and 38
+more where the curvature is measured), 131.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 
@@ -34,8 +36,8 @@ from zoray.protocol.messages import (
 )
 
 _ITEM = struct.Struct("<BQIH")
-_PROBE = struct.Struct("<4f")
-_SIDE = struct.Struct("<d2f")
+_PROBE = struct.Struct("<5f")
+_SIDE = struct.Struct("<d2fd")
 _EVAL = struct.Struct("<2d2Id")
 _HELD = struct.Struct("<Q")
 _DIGEST_SIZE = 16
@@ -108,10 +110,10 @@ def encode_answer(answer: Answer | Refused | Failed) -> bytes:
         raise RunError(f"{type(payload).__name__} is no answer to the {item}")
     try:
         match payload:
-            case ProbeScalars(gradient, loss, applying, probing):
-                body = _PROBE.pack(*map(float32, (gradient, loss, applying, probing)))
-            case SideLoss(loss, applying, probing):
-                body = _SIDE.pack(loss, float32(applying), float32(probing))
+            case ProbeScalars(gradient, loss, applying, probing, contrast):
+                body = _PROBE.pack(*map(float32, (gradient, loss, applying, probing, _number(contrast))))
+            case SideLoss(loss, applying, probing, contrast):
+                body = _SIDE.pack(loss, float32(applying), float32(probing), _number(contrast))
             case EvalSums(loss_sum, square_sum, count, correct, score_sum):
                 body = _EVAL.pack(loss_sum, square_sum, count, correct, score_sum)
             case DigestValue(digest):
@@ -135,9 +137,11 @@ def decode_answer(replica: str, data: bytes) -> Answer | Refused | Failed:
         if outcome == _FAILED:
             return Failed(replica, item, body.decode(errors="replace"))
         if item.kind is Kind.PROBE:
-            return Answer(replica, item, ProbeScalars(*_PROBE.unpack(body)))
+            gradient, loss, applying, probing, contrast = _PROBE.unpack(body)
+            return Answer(replica, item, ProbeScalars(gradient, loss, applying, probing, _told(contrast)))
         if item.kind.probing:
-            return Answer(replica, item, SideLoss(*_SIDE.unpack(body)))
+            loss, applying, probing, contrast = _SIDE.unpack(body)
+            return Answer(replica, item, SideLoss(loss, applying, probing, _told(contrast)))
         if item.kind is Kind.EVAL:
             return Answer(replica, item, EvalSums(*_EVAL.unpack(body)))
     except struct.error as error:
@@ -162,6 +166,14 @@ def _decode_item(data: bytes, what: str) -> tuple[Item, int]:
     if kind not in Kind.__members__.values() or outcome > (_FAILED if what == "answer" else _ANSWERED):
         raise _malformed(what, len(data))
     return Item(Kind(kind), step, part, microbatch), outcome
+
+
+def _number(contrast: float | None) -> float:
+    return math.nan if contrast is None else contrast
+
+
+def _told(contrast: float) -> float | None:
+    return None if math.isnan(contrast) else contrast
 
 
 def _encode_reason(reason: str) -> bytes:
