@@ -241,6 +241,11 @@ METHODS: dict[str, Method] = {
         title="one-sided, K = 16, loss deviation (FZOO)",
         unit=0.005, **ALL_ON_ONE, optimizer=Optimizer(normalize="loss_deviation"),
     ),
+    "fzoo-third": Zoray(
+        title="one-sided, 4 on each batch of 4 rows, loss deviation, linear schedule, a third of the passes",
+        unit=0.006, rows=4, estimator="one_sided", per_batch=4, schedule="linear", share=THIRD,
+        optimizer=Optimizer(normalize="loss_deviation", shaping="centered"),
+    ),
     "momentum": Zoray(title="rank-1, K = 16, momentum 0.9", optimizer=Optimizer(momentum=0.9)),
     "nesterov": Zoray(title="rank-1, K = 16, Nesterov 0.9", optimizer=Optimizer(momentum=0.9, nesterov=True)),
     "rank1-float": Zoray(title="rank-1, K = 16, float32 scalars", rate=10, scalars="float32"),

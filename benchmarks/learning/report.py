@@ -21,7 +21,7 @@ from benchmarks.learning.summary import ACCURACY, LOSS, Cell, cell, difference, 
 
 PAGE = Path(__file__).parents[2] / "docs/learning.md"
 BASELINE = "mezo"
-THIRDS = ("default-third", "inputs-third", "groups-third", "groups-inputs-third")
+THIRDS = ("default-third", "inputs-third", "groups-third", "groups-inputs-third", "fzoo-third")
 """Methods that take a third of the passes, the first being what `zoray train` does unless it is told otherwise."""
 WHOLE = ("default", "groups", "inputs")
 """The same with all of them: none may diverge."""
