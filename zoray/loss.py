@@ -66,12 +66,14 @@ class RowLosses:
         Returns:
             None where fewer than two rows have a target.
         """
-        sums, counts = self.sums[rows], self.counts[rows]
-        there = (counts > 0).nonzero().flatten()
+        # A device is waited for twice, and not for every number.
+        sums: list[float] = self.sums[rows].tolist()
+        counts: list[int] = self.counts[rows].tolist()
+        there = [row for row, count in enumerate(counts) if count]
         if len(there) < 2:
             return None
-        cut = int(there[len(there) // 2])
-        (first, last), (some, others) = ((float(x[:cut].sum()), float(x[cut:].sum())) for x in (sums, counts))
+        cut = there[len(there) // 2]
+        (first, last), (some, others) = ((sum(each[:cut]), sum(each[cut:])) for each in (sums, counts))
         return (first / some - last / others) * math.sqrt(some * others) / (some + others)
 
     def summary(self) -> tuple[float, float, int, int, float]:
