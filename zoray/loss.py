@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from zoray.errors import DataError, ModelError
+from zoray.optim.shaping import total
 from zoray.partitioned import kept_whole
 from zoray.perturb.context import Active
 from zoray.perturb.engine import replaced_forward
@@ -73,7 +74,8 @@ class RowLosses:
         if len(there) < 2:
             return None
         cut = there[len(there) // 2]
-        (first, last), (some, others) = ((sum(each[:cut]), sum(each[cut:])) for each in (sums, counts))
+        first, last = total(sums[:cut]), total(sums[cut:])
+        some, others = sum(counts[:cut]), sum(counts[cut:])
         return (first / some - last / others) * math.sqrt(some * others) / (some + others)
 
     def summary(self) -> tuple[float, float, int, int, float]:

@@ -26,6 +26,9 @@ _log = logging.getLogger(__name__)
 Sign = Literal[1, 0, -1]
 """Which side of the weights: theta + epsilon z, theta itself, or theta - epsilon z."""
 
+BESIDE: tuple[Sign, Sign] = (1, -1)
+"""Both sides."""
+
 
 class Prober:
     """Runs the forwards of one model's probes on the paths that were proved right for it.

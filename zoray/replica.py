@@ -20,7 +20,7 @@ from zoray.memory import Memory, Resident
 from zoray.memory.base import Reader
 from zoray.objective import Objective
 from zoray.partitioned import holds_buffers, is_partitioned, own_part
-from zoray.probe import Prober, Sign
+from zoray.probe import BESIDE, Prober, Sign
 from zoray.proof import HeadChoice, SignsChoice, Verdict, prove
 from zoray.selection import Selection, cover
 
@@ -126,8 +126,10 @@ class Replica:
         self._prober = Prober(self.model, self.directions, verdict, self._loss, self.objective)
         self._estimator = self._kind(self._prober)
         if self._kind.differentiates:
-            # Whether the model can be differentiated, and in this memory, shows only when it is.
-            self._estimator.probe(0, 0, batch, epsilon)
+            # Whether the model can be differentiated, and in this memory, shows only when it is; all of it, whatever
+            # the first steps move.
+            whole = Prober(self.model, self.directions.all_groups(), verdict, self._loss, self.objective)
+            self._kind(whole).probe(0, 0, batch, epsilon)
         if self.objective.score is not None and self.objective.score.function is not None:
             # A function that does not fit the task is found out here, and not in the middle of a step.
             with self.memory.forwards():
@@ -149,7 +151,7 @@ class Replica:
         *,
         curved: bool = False,
     ) -> ProbeResult:
-        """Projected gradient and mean loss at the current weights along one direction; the weights are not touched.
+        """Projected gradient, loss and contrast along one direction at the current weights, which are not touched.
 
         Args:
             step, direction, microbatch: the probe's address.
@@ -172,8 +174,8 @@ class Replica:
             raise ConfigError("There are no losses beside the weights to find the curvature from.", where="estimator")
         mean = result.loss
         if self._kind is not ESTIMATORS["spsa"]:
-            beside: tuple[Sign, Sign] = (1, -1)
-            mean = sum(self.side(step, direction, batch, epsilon, sign).loss for sign in beside) / 2
+            plus, minus = (self.side(step, direction, batch, epsilon, sign).loss for sign in BESIDE)
+            mean = (plus + minus) / 2
         centre = self.side(step, direction, batch, epsilon, 0).loss
         return replace(result, curvature=second_difference(mean, centre, epsilon))
 

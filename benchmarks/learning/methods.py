@@ -202,10 +202,10 @@ HALF = torch.bfloat16
 MOMENT = Optimizer(normalize="second_moment")
 CURVED = Optimizer(normalize="curvature")
 ONE_SIDED = Optimizer(normalize="curvature", shaping="centered")
-DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear", "version": 3}
+DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear", "version": 4}
 """What `zoray train` does where nothing is said (`zoray.config`)."""
 GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
-ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16, "version": 2}
+ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16}
 THIRD = 1 / 3
 
 METHODS: dict[str, Method] = {
@@ -230,16 +230,16 @@ METHODS: dict[str, Method] = {
     "adamw": AdamW(title="AdamW by backpropagation"),
     "one-curved": Zoray(
         title="one-sided, K = 16, curvature, linear schedule",
-        unit=0.2, **ALL_ON_ONE, optimizer=ONE_SIDED, schedule="linear",
+        unit=0.2, **ALL_ON_ONE, optimizer=ONE_SIDED, schedule="linear", version=4,
     ),
     "curved": Zoray(
         title="rank-1, K = 16, curvature, linear schedule",
-        unit=0.2, optimizer=CURVED, schedule="linear", version=3,
+        unit=0.2, optimizer=CURVED, schedule="linear", version=4,
     ),
     "moment": Zoray(title="rank-1, K = 16, second moment (MEAZO)", unit=0.005, optimizer=MOMENT),
     "fzoo": Zoray(
         title="one-sided, K = 16, loss deviation (FZOO)",
-        unit=0.005, **ALL_ON_ONE, optimizer=Optimizer(normalize="loss_deviation"),
+        unit=0.005, **ALL_ON_ONE, optimizer=Optimizer(normalize="loss_deviation"), version=2,
     ),
     "fzoo-third": Zoray(
         title="one-sided, 4 on each batch of 4 rows, loss deviation, linear schedule, a third of the passes",

@@ -146,7 +146,7 @@ def test_bytes_of_a_probe_and_of_a_step(
     received = got.coordinator.progress().received
     sent = got.coordinator.progress().sent
     assert sent == sum(bare) + sum(carried.values())
-    # Every answer but those of the last evaluation and the digests is a probe's 31 bytes.
+    # Every answer but those of the last evaluation and the digests is a probe's 35 bytes.
     assert max(bare) + received / len(bare) <= 128
     records = sum(len(c.encode()) for c in Ledger.open(got.folder.ledger, repair=False).commits())
     assert records <= STEPS * (directions + 96)

@@ -301,6 +301,10 @@ def test_the_task_of_the_design(file: Path) -> None:
             ["optimizer={max_directions: 64}", "per_direction_batch_size=1"],
             ["one of 1 rows", "Set microbatches to 2 or more"],
         ),
+        (
+            ["optimizer={normalize: none, max_directions: 64}", "estimator=backprop", "learning_rate=1"],
+            ["one of 4 rows, with estimator backprop", "Set microbatches to 2 or more"],
+        ),
         (["estimator=backprop"], ["estimator backprop has none", "second_moment"]),
         (["estimator=one_sided"], ["directions_per_batch is 1", "Set directions_per_batch to 2 or more"]),
         (["estimator=one_sided", "directions_per_batch=2", "signs=batched"], ["signs is batched", "Leave signs out"]),

@@ -346,8 +346,9 @@ def test_a_loss_without_a_derivative_is_refused(name: EstimatorName) -> None:
         return RowLosses((found.sums > 4).double(), found.counts)
 
     assert Replica(model, loss=steps).probe(0, 0, batch, 1e-3).loss > 0
-    with pytest.raises(ModelError, match=r"(?s)loss has no .*use estimator: spsa"):
-        Replica(model, loss=steps, estimator=name).prove(batch)
+    for selection in (None, Rotation(2, 1), SmallWeights(0.5)):
+        with pytest.raises(ModelError, match=r"(?s)loss has no .*use estimator: spsa"):
+            Replica(model, loss=steps, estimator=name, selection=selection).prove(batch)
 
 
 def test_what_does_not_go_together_is_refused() -> None:

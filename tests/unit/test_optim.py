@@ -223,8 +223,23 @@ def test_steps_that_tell_nothing_of_the_signal() -> None:
     assert UNTOLD.share == ASSUMED == heard(UNTOLD, 1.0, math.nan).share == heard(UNTOLD, 0.0, 0.0).share
     once = heard(UNTOLD, 1.0, 0.0)
     assert ASSUMED < once.share < 0.2
-    assert heard(once, 1e39, 0.0) == once and heard(once, 1.0, math.inf) == once
-    assert heard(once, 1.0, 100.0).share == LEAST
+    assert heard(once, 1.0, math.inf) == once and heard(UNTOLD, 1e39, 0.0) == UNTOLD
+    for _ in range(4):
+        once = heard(once, 1.0, 100.0)
+    assert once.share == LEAST
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 2.0])
+def test_one_loud_step_does_not_say_what_is_signal(noise: float) -> None:
+    """A batch that is an outlier may have a thousand times the square of others."""
+    state = UNTOLD
+    for _ in range(1000):
+        state = heard(state, 1.0, 0.9)
+    loud = heard(state, 1000.0, 1000.0 * noise)
+    assert 0.4 < loud.share / state.share < 1.6
+    for _ in range(200):
+        loud = heard(loud, 1.0, 0.9)
+    assert loud.share == pytest.approx(0.1, rel=0.4)
 
 
 def test_a_curvature_that_was_not_measured_is_missed() -> None:

@@ -1,4 +1,4 @@
-"""How a probe finds the slope of the loss along its direction; all give the same two scalars.
+"""How a probe finds the slope of the loss along its direction; all give the same scalars.
 
 `spsa` and `one_sided` take differences of losses beside the weights, `forward` (with `tangents`) and `backward`
 differentiate. `base` is what they have in common.

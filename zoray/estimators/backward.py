@@ -77,11 +77,17 @@ def gradient(prober: Prober, batch: Batch) -> Gradient:
             )
         wanted = [parameters[spec] for spec in specs]
         found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, wanted, allow_unused=True)
-    # A probe reads each of them row by row.
-    parts = [(spec, part.contiguous()) for spec, part in zip(specs, found, strict=True) if part is not None]
-    masks = [prober.directions.coverage.mask(spec, parameters[spec].detach()) for spec, _ in parts]
-    moved = [(spec, part if mask is None else part * mask) for (spec, part), mask in zip(parts, masks, strict=True)]
-    return Gradient(float(loss.detach()), tuple(moved))
+    rest, parts = list(found), list[tuple[ParamSpec, torch.Tensor]]()
+    del found
+    for number, spec in enumerate(specs):
+        # What is made of one takes its place: there may be no room for both of all of them.
+        part, rest[number] = rest[number], None
+        if part is None:
+            continue
+        mask = prober.directions.coverage.mask(spec, parameters[spec].detach())
+        # A probe reads each of them row by row. Never in place: two parameters may have one gradient.
+        parts.append((spec, part.contiguous() if mask is None else part.masked_fill(~mask, 0).contiguous()))
+    return Gradient(float(loss.detach()), tuple(parts))
 
 
 def projected(found: Gradient, directions: Directions, address: Address) -> float:

@@ -28,6 +28,9 @@ _MEMORY = 0.998
 _DOUBT = 20
 """Steps of which the assumption is worth as much."""
 
+_LOUDEST = 1 / _DOUBT
+"""What one step may add to a sum, as a share of it: squares are of any size, and one outlier would be all there is."""
+
 
 @dataclass(frozen=True, slots=True)
 class SignalState:
@@ -61,5 +64,8 @@ def heard(state: SignalState, square: float, noise: float) -> SignalState:
     if math.isnan(noise) or square <= 0:
         return state
     signal, total = (state.signal, state.total) if state.total > 0 else (_DOUBT * ASSUMED * square, _DOUBT * square)
-    found = SignalState(float32(_MEMORY * signal + square - noise), float32(_MEMORY * total + square))
+    weight = min(1.0, _LOUDEST * total / max(square, noise))
+    found = SignalState(
+        float32(_MEMORY * signal + weight * (square - noise)), float32(_MEMORY * total + weight * square)
+    )
     return found if math.isfinite(found.signal) and 0 < found.total < math.inf else state

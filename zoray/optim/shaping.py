@@ -86,15 +86,20 @@ _SHAPES: dict[Shaping, Callable[[Sequence[float]], list[float]]] = {
 }
 
 
-def mean(values: Sequence[float]) -> float:
-    """Mean, added up from the first to the last.
+def total(values: Sequence[float]) -> float:
+    """Sum, added up from the first to the last.
 
     Not the built-in sum: from Python 3.12 on it compensates rounding, and a ledger must not depend on that.
     """
-    total = 0.0
+    found = 0.0
     for value in values:
-        total += value
-    return total / len(values)
+        found += value
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean, added up from the first to the last."""
+    return total(values) / len(values)
 
 
 def deviation(values: Sequence[float]) -> float:
