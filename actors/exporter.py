@@ -78,6 +78,11 @@ class Exporter:
         self._gradient = self._make(
             Gauge, "projected_gradient_rms", "Root mean square of the last step's projected gradients."
         )
+        self._noise = self._make(
+            Gauge,
+            "gradient_noise_ratio",
+            "Share of noise of the batches in the last step's projected gradients, squared.",
+        )
         self._replicas = self._make(Gauge, "replicas", "Replicas by state.", "state")
         self._target = self._make(Gauge, "target_replicas", "Replicas there should be.").labels(run)
         self._members: Membership | None = None
@@ -172,6 +177,7 @@ class Exporter:
         self._rate.labels(self._run).set(record.learning_rate)
         rms = (sum(g * g for g in finite) / len(finite)) ** 0.5 if finite else float("nan")
         self._gradient.labels(self._run).set(rms)
+        self._noise.labels(self._run).set(aggregate.disagreement)
         self._seconds.observe(split.total)
         self._append.observe(split.commit)
         for phase in ("probe", "commit", "wait"):

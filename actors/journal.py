@@ -215,6 +215,7 @@ class Journal:
             "loss": record.aggregate.commit.loss,
             "learning_rate": record.learning_rate,
             "gradient_rms": rms(finite),
+            "gradient_noise": record.aggregate.disagreement,
             "nonfinite": record.aggregate.nonfinite,
             "clipped": record.aggregate.clipped,
             "directions": len(record.aggregate.projected_gradients),

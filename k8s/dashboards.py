@@ -177,7 +177,12 @@ def overview() -> Dashboard:
     ], width=12)  # fmt: skip
     board.graph(
         "Size of the gradient", [("projected gradient, root mean square", _latest("zoray_projected_gradient_rms"))],
-        text="of the directions of the last step", width=12,
+        text="of the directions of the last step", width=6,
+    )  # fmt: skip
+    noise = f"max by (run) (avg_over_time(zoray_gradient_noise_ratio{{{RUN}}}[5m]))"
+    board.graph(
+        "Noise of the batches", [("share of the gradient's mean square", noise)], "percentunit", min=0,
+        text="mean of 5 minutes; near 100 %, more rows or directions a step would tell more of the gradient", width=6,
     )  # fmt: skip
     board.graph("Held-out accuracy and score", [
         ("accuracy", _latest("zoray_eval_accuracy_ratio")),

@@ -21,6 +21,7 @@ _PATIENCE = 30.0
 _MEANS = {
     "train/loss": "loss",
     "train/projected_gradient_rms": "gradient_rms",
+    "train/gradient_noise_ratio": "gradient_noise",
     "train/nonfinite_directions": "nonfinite",
     "train/clipped_directions": "clipped",
     "train/directions": "directions",

@@ -18,7 +18,7 @@ EVALUATION = Evaluation(2.0, 0.1, 10, 4)
 
 
 def record(step: int = 0, gradients: tuple[float, ...] = (3.0, -4.0), **keys: object) -> StepRecord:
-    probes = [ProbeResult(step, k, 0, g, 2.5) for k, g in enumerate(gradients)]
+    probes = [ProbeResult(step, k, 0, g, 2.5, contrast=1.0) for k, g in enumerate(gradients)]
     decided = aggregate(
         step,
         probes,
@@ -52,6 +52,7 @@ def test_a_step(journal: Journal) -> None:
     assert (row["step"], row["loss"], row["replicas"], row["tokens"]) == (0, 2.5, 2, 64.0)
     assert (row["sent"], row["received"]) == (15, 31)
     assert row["gradient_rms"] == pytest.approx(math.sqrt(12.5))
+    assert row["gradient_noise"] == pytest.approx(1 / 12.5)
     # 2 s from opened to durable; 3 s of probes and applying on two replicas; half a second to the disk.
     assert (row["seconds"], row["probe_seconds"], row["commit_seconds"], row["wait_seconds"]) == (2.0, 1.5, 0.5, 0.0)
     progress = journal.progress
