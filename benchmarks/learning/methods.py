@@ -1,6 +1,6 @@
 """The methods that are compared: each is one line of `METHODS`.
 
-What they share: the batches, the size of a batch, and epsilon. A forward pass is one of `tasks.ROWS` rows; a backward
+What they share, where nothing else is said: the batches, their size, and epsilon. A forward pass is one of `tasks.ROWS` rows; a backward
 pass counts as two. Rates are relative: a method's `rate` is how many times larger than for one direction per step the
 middle of its grid lies (for AdamW: than the task's own for AdamW).
 """
@@ -102,6 +102,7 @@ class Zoray(Method):
         estimator: "spsa" or "one_sided".
         scalars: what of a projected gradient counts: int8 as in a commit, or all its bits.
         optimizer: what turns the results of a step into its commit.
+        epsilon: distance of the evaluations from the weights.
         unit: middle of the grid where the optimizer's rates do not scale with the task's.
     """
 
@@ -112,6 +113,7 @@ class Zoray(Method):
     scalars: Literal["int8", "float32"] = "int8"
     dtype: torch.dtype = torch.float32
     optimizer: Optimizer = SGD
+    epsilon: float = EPSILON
     unit: float | None = None
 
     @property
@@ -142,7 +144,7 @@ class Zoray(Method):
             nonlocal state
             batches = [batch_of(number * self.batches + n) for n in range(self.batches)]
             results = [
-                replica.probe(number, k, batches[k // self.per_batch], EPSILON, curved=curved and k == 0)
+                replica.probe(number, k, batches[k // self.per_batch], self.epsilon, curved=curved and k == 0)
                 for k in range(self.directions)
             ]
             if self.scalars == "float32":
@@ -251,6 +253,9 @@ METHODS: dict[str, Method] = {
     "rank1-float": Zoray(title="rank-1, K = 16, float32 scalars", rate=10, scalars="float32"),
     "rank1-one": Zoray(title="rank-1, K = 1", directions=1),
     "rank1-bf16": Zoray(title="rank-1, K = 16, bfloat16 rounded stochastically", rate=10, dtype=HALF),
+    "rank1-bf16-wide": Zoray(
+        title="rank-1, K = 16, bfloat16 rounded stochastically, epsilon 0.003", rate=10, dtype=HALF, epsilon=3e-3
+    ),
     "mezo-bf16": MeZO(title="MeZO in bfloat16, in place", dtype=HALF),
     "rank4": Zoray(title="rank-4, K = 16", rate=10, replica=RANK4),
     "rank1-sign": Zoray(title="rank-1, K = 16, sign only", rate=10, optimizer=Optimizer(shaping="sign")),
