@@ -1,8 +1,8 @@
 """The methods that are compared: each is one line of `METHODS`.
 
-What they share, where nothing else is said: the batches, their size, and epsilon. A forward pass is one of `tasks.ROWS` rows; a backward
-pass counts as two. Rates are relative: a method's `rate` is how many times larger than for one direction per step the
-middle of its grid lies (for AdamW: than the task's own for AdamW).
+What they share, where nothing else is said: the batches, their size, and epsilon. A forward pass is one of `tasks.ROWS`
+rows; a backward pass counts as two. Rates are relative: a method's `rate` is how many times larger than for one
+direction per step the middle of its grid lies (for AdamW: than the task's own for AdamW).
 """
 
 from __future__ import annotations
