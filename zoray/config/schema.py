@@ -142,7 +142,8 @@ class RunConfig(Section):
     )
     epsilon: float = key(
         1e-3,
-        "Distance of the evaluations of a probe from the weights; estimators that differentiate have none.",
+        "Distance of the evaluations of a probe from the weights; estimators that differentiate have none. In half "
+        "precision 1e-3 leaves the rounding of the forward in what is estimated; try 3e-3, with `zoray tune`.",
         mathematics=True, gt=0,
     )  # fmt: skip
     direction: DirectionConfig = key(DirectionConfig(), "How directions are drawn.", mathematics=True)
