@@ -35,7 +35,12 @@ PAIRS = (
     ("rank1", "rank1-float", "int8 against float32 scalars", NOT_WORSE),
     ("rank1-sign", "rank1-float", "sign only against float32 scalars", ""),
     ("rank1-bf16", "rank1", "bfloat16 rounded stochastically against float32, K = 16", NOT_WORSE),
-    ("rank1-bf16-wide", "rank1", "the same with epsilon = 0.003 in place of 0.001", NOT_WORSE),
+    (
+        "rank1-bf16-wide",
+        "rank1",
+        "bfloat16 rounded stochastically, epsilon = 0.003, against float32, K = 16",
+        NOT_WORSE,
+    ),
     ("rank1-one-bf16", "rank1-one", "bfloat16 rounded stochastically against float32, K = 1", NOT_WORSE),
     ("mezo-bf16", "mezo", "bfloat16 in place, as MeZO does it, against float32", WORSE),
     ("rank1-rows", "rank1", "4 rows a probe against 16", ""),
