@@ -74,7 +74,7 @@ def report() -> None:
     write_section(
         "learning", "Learning per forward pass", "python -m benchmarks.learning", list(figures(results, cells))
     )
-    measured = list(lines(fidelity.RESULTS))
+    measured = sorted(lines(fidelity.RESULTS), key=_place)
     plot_all(cells, measured)
     text = "\n".join([*curves(cells), *pairs(cells), *rates(cells), *fidelities(measured)])
     page = PAGE.read_text(encoding="utf-8")
@@ -191,6 +191,12 @@ def fidelities(measured: list[dict[str, Any]]) -> Iterator[str]:
         effective = effective_dimension(line["cosines"]["16"], 16)
         yield f"{where} {line['kind']} | {shown} | {100 * spread:.0f} % | {effective:,.0f} |"
     yield ""
+
+
+def _place(line: dict[str, Any]) -> tuple[int, ...]:
+    """Where a line of the fidelities belongs in their table, whenever it was measured."""
+    orders = (list(tasks.VERSIONS), list(fidelity.CASES), list(fidelity.KINDS))
+    return tuple(order.index(line[name]) for order, name in zip(orders, ("task", "case", "kind"), strict=True))
 
 
 def reached(share: Estimate | None, never: int) -> str:
