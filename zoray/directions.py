@@ -6,20 +6,23 @@ NumPy keeps fixed for ever, keyed by the run seed with the address as counter: d
 of a bijection, so no two directions of a run can share a block of bits.
 
 Rademacher directions (bit 0 is +1, bit 1 is -1) have E[z z^T] = I, and so have rank-r directions
-z = (1/sqrt(r)) sum_i a_i b_i^T with a, b of signs (Sarkar et al. 2025, EGGROLL; Spall 1992).
+z = (1/sqrt(r)) sum_i a_i b_i^T with a, b of signs (Sarkar et al. 2025, EGGROLL; Spall 1992). Of kind "inputs", the
+factors on the input side of linear layers are mixed from inputs instead (`zoray.inputs`), and E[z z^T] is their second
+moment there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from zoray.coverage import EVERYTHING, Coverage
-from zoray.layout import BLOCK_BYTES, Layout, ParamSpec
+from zoray.inputs import Mixture
+from zoray.layout import BLOCK_BYTES, Layout, ParamSpec, Side
 
 Bytes = npt.NDArray[np.uint8]
 Address = tuple[int, int]
@@ -56,24 +59,33 @@ class Directions:
         layout: the parameters they are of.
         run_seed: 0 <= run_seed < 2^64.
         coverage: which weights they move. It decides nothing here: who perturbs or updates weights asks it.
+        inputs: by parameter, what its factors are mixed from; of all that the layout calls mixed, before the first
+            direction is drawn.
     """
 
-    def __init__(self, layout: Layout, run_seed: int, coverage: Coverage = EVERYTHING) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        run_seed: int,
+        coverage: Coverage = EVERYTHING,
+        inputs: Mapping[str, Mixture] | None = None,
+    ) -> None:
         self.layout = layout
         self.run_seed = run_seed
         self.coverage = coverage
+        self.inputs: Mapping[str, Mixture] = inputs or {}
 
     @property
     def identity(self) -> str:
-        """Digest (hex) of layout and coverage: equal if and only if two replicas can share a ledger."""
-        covered = self.coverage.identity
-        if not covered:
+        """Digest (hex) of layout, coverage and inputs: equal if and only if two replicas can share a ledger."""
+        parts = [self.coverage.identity, *(f"{name} {self.inputs[name].digest}" for name in sorted(self.inputs))]
+        if not any(parts):
             return self.layout.identity
-        return hashlib.sha256(f"{self.layout.identity} {covered}".encode()).hexdigest()[:32]
+        return hashlib.sha256(" ".join([self.layout.identity, *parts]).encode()).hexdigest()[:32]
 
     def all_groups(self) -> Directions:
         """The same with all groups of the coverage moved at every step."""
-        return type(self)(self.layout, self.run_seed, self.coverage.all_groups())
+        return type(self)(self.layout, self.run_seed, self.coverage.all_groups(), self.inputs)
 
     def read(self, addresses: Sequence[Address], start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of several directions, shape (len(addresses), stop - start)."""
@@ -94,24 +106,32 @@ class Directions:
         left, right = self.factors(address, spec)
         if left is None:
             return right.view(spec.shape)
-        return (left.t() @ right).mul_(float(rank_scale(spec))).view(spec.shape)
+        return (left.t() @ right).mul_(float(self.scale(spec))).view(spec.shape)
 
     def factors(self, address: Address, spec: ParamSpec) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The factors (a of shape (r, rows), b of shape (r, cols)), or (None, signs of shape (1, cols)) if dense."""
         packed = self.read([address], spec.offset, spec.end)[0]
-        return factors_from(packed, spec)
+        return self.unpack(packed, spec)
 
+    def unpack(self, packed: Bytes, spec: ParamSpec) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Factors of one parameter, float32 integers, out of its own range of a direction's bytes."""
+        split = spec.rank * spec.row_bytes
+        right = self.unpacked(packed[split:].reshape(-1, spec.col_bytes), spec, "cols")
+        if spec.rank == 0:
+            return None, torch.from_numpy(right).float()
+        left = self.unpacked(packed[:split].reshape(-1, spec.row_bytes), spec, "rows")
+        return torch.from_numpy(left).float(), torch.from_numpy(right).float()
 
-def factors_from(packed: Bytes, spec: ParamSpec) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Factors of one parameter, float32, out of its own range of a direction's bytes."""
-    split = spec.rank * spec.row_bytes
-    right = unpack_signs(packed[split:].reshape(-1, spec.col_bytes), spec.cols)
-    if spec.rank == 0:
-        return None, torch.from_numpy(right).float()
-    left = unpack_signs(packed[:split].reshape(-1, spec.row_bytes), spec.rows)
-    return torch.from_numpy(left).float(), torch.from_numpy(right).float()
+    def unpacked(self, packed: Bytes, spec: ParamSpec, side: Side) -> npt.NDArray[np.int8]:
+        """What the bytes (..., row_bytes or col_bytes) of factors of one side stand for, int8 (..., rows or cols)."""
+        if spec.mixed == side:
+            return self.inputs[spec.name].mix(packed)
+        return unpack_signs(packed, spec.rows if side == "rows" else spec.cols)
 
+    def scale(self, spec: ParamSpec) -> np.float32:
+        """What a product of factors is multiplied with: 1/sqrt(r), over the root mean square of mixed ones.
 
-def rank_scale(spec: ParamSpec) -> np.float32:
-    """1/sqrt(r) in float32, the factor that keeps E[z z^T] = I; 1 for a dense direction."""
-    return np.float32(1.0 / np.sqrt(max(spec.rank, 1)))
+        Then the elements of z have mean square 1; signs have E[z z^T] = I as well. 1 for a dense direction.
+        """
+        scale = np.float32(1.0 / np.sqrt(max(spec.rank, 1)))
+        return scale if spec.mixed is None else scale * self.inputs[spec.name].scale

@@ -18,7 +18,13 @@ import torch
 from zoray.errors import ConfigError, ModelError
 from zoray.partitioned import shape_of
 
-DirectionKind = Literal["rank", "rademacher", "gaussian"]
+DirectionKind = Literal["inputs", "rank", "rademacher", "gaussian"]
+
+Side = Literal["rows", "cols"]
+"""Which dimension of a matrix its inputs are along."""
+
+MIXED_BYTES = 16
+"""Bytes that say which inputs a factor is mixed from, and with which signs (see `zoray.inputs`)."""
 
 BLOCK_BYTES = 32
 """One Philox 4x64 block. Every piece of a direction starts on such a border."""
@@ -30,7 +36,8 @@ class ParamSpec:
 
     A `rank` of 0 means dense signs (or normals), one per element, and then `rows` is 1.
     `offset` and `row_bytes`/`col_bytes` say where its pieces lie in the direction's byte string: first `rank` pieces
-    of `row_bytes` (the left factors a), then `rank` pieces of `col_bytes` (the right factors b).
+    of `row_bytes` (the left factors a), then `rank` pieces of `col_bytes` (the right factors b). The factors of the
+    `mixed` side, if there is one, are mixed from inputs; their pieces say how, a block before the signs.
     """
 
     name: str
@@ -42,6 +49,7 @@ class ParamSpec:
     offset: int
     row_bytes: int
     col_bytes: int
+    mixed: Side | None = None
 
     @property
     def numel(self) -> int:
@@ -70,7 +78,7 @@ class Layout:
     @property
     def identity(self) -> str:
         """Digest (hex) of names, shapes, dtypes and ranges: equal if and only if two replicas can share a ledger."""
-        description = [self.kind, *(asdict(spec) for spec in self.specs)]
+        description = [self.kind, *({k: v for k, v in asdict(spec).items() if v is not None} for spec in self.specs)]
         return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -80,14 +88,21 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
     return dict(sorted(named.items()))
 
 
-def make_layout(parameters: Mapping[str, torch.Tensor], kind: DirectionKind = "rank", rank: int = 1) -> Layout:
+def make_layout(
+    parameters: Mapping[str, torch.Tensor],
+    kind: DirectionKind = "rank",
+    rank: int = 1,
+    inputs: Mapping[str, Side] | None = None,
+) -> Layout:
     """Lay the parameters' ranges out one behind the other, each on a block border.
 
     Args:
         parameters: the trainable parameters by name, of float32, bfloat16 or float16.
-        kind: "rank" for z = (1/sqrt(r)) sum_i a_i b_i^T on matrices and dense signs on vectors; "rademacher" for dense
-            signs everywhere; "gaussian" for dense standard normals everywhere.
-        rank: r of the first kind.
+        kind: "rank" for z = (1/sqrt(r)) sum_i a_i b_i^T on matrices and dense signs on vectors; "inputs" for the same
+            with factors that are mixed from inputs where there are any; "rademacher" for dense signs everywhere;
+            "gaussian" for dense standard normals everywhere.
+        rank: r of the first two kinds.
+        inputs: by parameter, which side of its matrix inputs are along; of kind "inputs".
 
     Raises:
         ModelError: no parameter, or one of a type that cannot be updated.
@@ -106,9 +121,10 @@ def make_layout(parameters: Mapping[str, torch.Tensor], kind: DirectionKind = "r
             )
         shape = shape_of(tensor)
         rows, cols = matrix_view(shape)
-        factored = kind == "rank" and rank * (rows + cols) < rows * cols
+        factored = kind in ("inputs", "rank") and rank * (rows + cols) < rows * cols
         if not factored:
             rows, cols = 1, math.prod(shape)
+        mixed = (inputs or {}).get(name) if factored and kind == "inputs" else None
         spec = ParamSpec(
             name=name,
             shape=shape,
@@ -117,8 +133,9 @@ def make_layout(parameters: Mapping[str, torch.Tensor], kind: DirectionKind = "r
             cols=cols,
             rank=rank if factored else 0,
             offset=offset,
-            row_bytes=_aligned(rows) if factored else 0,
-            col_bytes=_aligned(cols),
+            row_bytes=_piece(rows, mixed == "rows") if factored else 0,
+            col_bytes=_piece(cols, mixed == "cols"),
+            mixed=mixed,
         )
         specs.append(spec)
         offset = spec.end
@@ -133,6 +150,11 @@ def matrix_view(shape: tuple[int, ...]) -> tuple[int, int]:
     """
     splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(len(shape) + 1)]
     return min(splits, key=lambda split: (split[0] + split[1], split[0]))
+
+
+def _piece(signs: int, mixed: bool) -> int:
+    """Bytes of a factor's piece: its signs, and before them, on a block of its own, what it is mixed from."""
+    return _aligned(signs) + (_aligned(8 * MIXED_BYTES) if mixed else 0)
 
 
 def _aligned(bits: int) -> int:

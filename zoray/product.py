@@ -1,9 +1,10 @@
 """Exact products of small integers, the sum S = sum_k c_k a_k b_k^T of an update.
 
 Every factor is at most 127 in magnitude and every partial sum stays below 2^24, so the float32 product is exact for any
-order of summation. Where the processor has an int8 product it is exact by construction and several times faster, but
-without one torch's is a hundred times slower, and older kernels saturate: so it is used only after it has proved itself
-on the extreme values and won a race. Which of the two is used changes no bit.
+order of summation; where neither factor is of signs, a part of the terms is summed at a time. Where the processor has
+an int8 product it is exact by construction and several times faster, but without one torch's is a hundred times slower,
+and older kernels saturate: so it is used only after it has proved itself on the extreme values and won a race. Which of
+the two is used changes no bit.
 """
 
 from __future__ import annotations
@@ -23,20 +24,29 @@ def factor_dtype(device: torch.device) -> torch.dtype:
     return torch.int8 if device.type == "cpu" and _int8_product_is_better() else torch.float32
 
 
-def integer_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def integer_product(left: torch.Tensor, right: torch.Tensor, largest: int = 127) -> torch.Tensor:
     """left @ right without rounding.
 
     Args:
         left: (rows, terms) of integers in [-127, 127], int8 or float32.
-        right: (terms, cols) of signs, of the same dtype.
+        right: (terms, cols) of integers in [-127, 127], of the same dtype. All products of a left and a right one are
+            at most `largest`.
+        largest: such that largest * terms < 2^31.
 
     Returns:
-        int32 or float32 (rows, cols) of integers below 2^24 in magnitude.
+        int32 or float32 (rows, cols) of integers; the latter are below 2^24 in magnitude.
     """
     # A single row or column has ambiguous strides, which torch's int8 kernel misreads; there is nothing to gain there.
     if left.dtype == torch.int8 and left.shape[0] > 1 and right.shape[1] > 1 and len(right):
         return torch._int_mm(left.contiguous(), right)
-    return left.float() @ right.float()
+    count = (1 << 24) // largest - 1
+    if len(right) <= count:
+        return left.float() @ right.float()
+    total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.int32, device=left.device)
+    for start in range(0, len(right), count):
+        part = slice(start, start + count)
+        total += (left[:, part].float() @ right[part].float()).int()
+    return total
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +62,7 @@ def int8_product_is_exact() -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (2, 65, 129), generator=generator, dtype=torch.int8) * 2 - 1
-    for left, right in ((signs[0] * 127, signs[1].t()), (torch.full((3, 70), -127), torch.full((70, 5), -1))):
+    for left, right in ((signs[0] * 127, signs[1].t() * 127), (torch.full((3, 70), -127), torch.full((70, 5), -127))):
         left, right = left.to(torch.int8), right.to(torch.int8).contiguous()
         try:
             product = torch._int_mm(left, right)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from zoray.digest import tensor_digest
 from zoray.directions import Directions
 from zoray.errors import ConfigError, NumericsError
 from zoray.estimators import ESTIMATORS, Estimator, EstimatorName
+from zoray.inputs import find_mixtures, input_sides, random_texts
 from zoray.layout import DirectionKind, make_layout, trainable_parameters
 from zoray.loss import Batch, LossFunction, RowLosses
 from zoray.memory import Memory, Resident
@@ -40,8 +41,11 @@ class Replica:
     Args:
         model: any module whose parameters that require a gradient are float32, bfloat16 or float16; put in eval mode.
         run_seed: seed of the directions and of stochastic rounding, 0 <= run_seed < 2^64.
-        direction: "rank" (z = a b^T on matrices), "rademacher" or "gaussian" (dense).
-        rank: r of the first kind.
+        direction: "rank" (z = a b^T on matrices), "inputs" (the same, with the factors on the input side of linear
+            layers mixed from inputs, see `zoray.inputs`), "rademacher" or "gaussian" (dense).
+        rank: r of the first two kinds.
+        texts: of direction "inputs", the arguments of the forward that tells the inputs, of `zoray.inputs.POOL` rows;
+            by default of random tokens.
         signs: both signs in one forward ("batched"), in two ("sequential"), or as proved on the first batch ("auto").
         head: the language-model head in slices of the vocabulary ("chunked"), whole ("full"), or as proved ("auto").
         estimator: how a probe finds the slope along its direction: "spsa", "one_sided", "forward_gradient", "backprop"
@@ -68,6 +72,7 @@ class Replica:
         *,
         direction: DirectionKind = "rank",
         rank: int = 1,
+        texts: Mapping[str, torch.Tensor] | None = None,
         signs: SignsChoice = "auto",
         head: HeadChoice = "auto",
         estimator: EstimatorName = "spsa",
@@ -77,10 +82,16 @@ class Replica:
         memory: Callable[[nn.Module, Directions], Memory] = Resident,
     ) -> None:
         self.model = model.eval()
-        self.layout = make_layout(trainable_parameters(model), direction, rank)
+        sides = input_sides(model) if direction == "inputs" else {}
+        self.layout = make_layout(trainable_parameters(model), direction, rank, sides)
         self.directions = Directions(self.layout, run_seed)
         self.memory = memory(model, self.directions)
-        # It may look at the weights, which the memory has by now.
+        # Both may look at the weights, which the memory has by now.
+        if sides:
+            with self.memory.forwards(first=True):
+                texts = texts or random_texts(model, run_seed)
+                self.directions.inputs = find_mixtures(model, texts, run_seed)
+            self.memory.settle()
         self.directions.coverage = cover(selection, model, self.memory)
         self.step = 0
         self.objective = objective or Objective()

@@ -1,9 +1,9 @@
 """The exact update: theta <- decay * theta - eta * sum_k c_k z_k, bit for bit the same everywhere.
 
-S = sum_k c_k z_k is a product of small integers (`product`), delta = round32(eta * S), and
-W = round(round(decay * W) - delta): separately rounded IEEE operations, never a fused multiply-add. Half-precision
-weights are rounded stochastically (`rounding`). Every element depends on its own address alone, so any split into row
-blocks, flat shards or groups of commits gives the same bits.
+S = sum_k c_k z_k is a product of small integers (`product`), but for a scale that goes into eta;
+delta = round32(eta * S), and W = round(round(decay * W) - delta): separately rounded IEEE operations, never a fused
+multiply-add. Half-precision weights are rounded stochastically (`rounding`). Every element depends on its own address
+alone, so any split into row blocks, flat shards or groups of commits gives the same bits.
 
 Where directions move only some weights (`coverage`), S has terms of those steps only in which the parameter's group is
 moved, and is 0 for a weight whose magnitude, when the commit's step begins, is above the limit. Decay acts on all.
@@ -21,8 +21,9 @@ import numpy.typing as npt
 import torch
 
 from zoray.commits import Commit
-from zoray.directions import Bytes, Directions, rank_scale, unpack_signs
-from zoray.layout import BLOCK_BYTES, ParamSpec
+from zoray.directions import Bytes, Directions, unpack_signs
+from zoray.inputs import LARGEST_MIXED
+from zoray.layout import BLOCK_BYTES, ParamSpec, Side
 from zoray.product import factor_dtype, integer_product
 from zoray.rounding import rounding_key, stochastic_round
 
@@ -143,7 +144,7 @@ class _Sums:
         borders = np.cumsum([0, *map(len, terms)])
         self.ranges = [slice(int(a), int(b)) for a, b in pairwise(borders)]
         total = directions.layout.total_bytes
-        fits = len(self.addresses) * total <= _PACKED_BYTES and directions.layout.kind == "rank"
+        fits = len(self.addresses) * total <= _PACKED_BYTES and directions.layout.kind in ("inputs", "rank")
         self._packed = directions.read(self.addresses, 0, total) if fits else None
 
     def apply(self, shard: Shard, block_elements: int | None = None) -> None:
@@ -153,7 +154,7 @@ class _Sums:
         spec, device = shard.spec, shard.values.device
         if block_elements is None:
             block_elements = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
-        etas = [float(np.float32(commit.eta) * rank_scale(spec)) for commit in self.commits]
+        etas = [float(np.float32(commit.eta) * self.directions.scale(spec)) for commit in self.commits]
         if self.directions.layout.kind == "gaussian":
             for block in _blocks(shard, block_elements):
                 for commit, eta, terms in zip(self.commits, etas, self.ranges, strict=True):
@@ -161,17 +162,18 @@ class _Sums:
             return
         limited = spec.name in self.directions.coverage.limits
         one_each = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
-        single = one_each and not limited
+        # Products with a mixed factor would have to be rounded.
+        single = one_each and not limited and spec.mixed is None
         dtype = torch.float32 if single else factor_dtype(device)
-        right = None
+        right, mixed = None, None
         if spec.rank:
-            start = spec.offset + spec.rank * spec.row_bytes
-            right = _factor(self._signs(start, spec.col_bytes, spec.rank, 0, spec.cols), device, dtype)
+            right = _factor(self._right(spec), device, dtype)
+            mixed = self._mixed(spec, "rows") if spec.mixed == "rows" else None
         else:
             block_elements = min(block_elements, max(1, _PACKED_BYTES // max(1, len(self.addresses))))
         for block in _blocks(shard, block_elements):
-            left, across = self._factors(block, right, dtype)
-            updates: Iterator[torch.Tensor | _Outer] = self._sums(left, across, spec.rank)
+            left, across = self._factors(block, right, mixed, dtype)
+            updates: Iterator[torch.Tensor | _Outer] = self._sums(left, across, spec)
             if single:
                 updates = self._outer(left, across, etas)
             for commit, eta, update in zip(self.commits, etas, updates, strict=True):
@@ -183,23 +185,45 @@ class _Sums:
         return self.directions.read(self.addresses, start, stop)
 
     def _factors(
-        self, block: _Block, right: torch.Tensor | None, dtype: torch.dtype
+        self, block: _Block, right: torch.Tensor | None, mixed: Signs | None, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """c_k a_k of the block's rows, (terms * rank, height), and b_k of its columns, (terms * rank, width)."""
+        """a_k of the block's rows, (terms * rank, height), and b_k of its columns, (terms * rank, width).
+
+        One of the two, whose elements are signs, is multiplied with c_k: a_k, or b_k where a_k is `mixed`.
+        """
         spec, (height, width), device = block.spec, block.values.shape, block.values.device
         if right is None:
             across = self._signs(spec.offset, spec.col_bytes, 1, block.col, width)
             return _factor(self.coefficients[:, None, None], device, dtype), _factor(across, device, dtype)
+        columns = right[:, block.col : block.col + width]
+        if mixed is not None:
+            return _factor(mixed[:, :, block.row : block.row + height], device, dtype), columns
         left = self._signs(spec.offset, spec.row_bytes, spec.rank, block.row, height)
         left *= self.coefficients[:, None, None]
-        return _factor(left, device, dtype), right[:, block.col : block.col + width]
+        return _factor(left, device, dtype), columns
 
-    def _sums(self, left: torch.Tensor, right: torch.Tensor, rank: int) -> Iterator[torch.Tensor]:
+    def _right(self, spec: ParamSpec) -> Signs:
+        """b_k of all columns, int8 (terms, rank, cols), multiplied with c_k where a_k is mixed."""
+        if spec.mixed == "cols":
+            return self._mixed(spec, "cols")
+        right = self._signs(spec.offset + spec.rank * spec.row_bytes, spec.col_bytes, spec.rank, 0, spec.cols)
+        if spec.mixed == "rows":
+            right *= self.coefficients[:, None, None]
+        return right
+
+    def _mixed(self, spec: ParamSpec, side: Side) -> Signs:
+        """The mixed factors, int8 (terms, rank, rows or cols)."""
+        piece = spec.row_bytes if side == "rows" else spec.col_bytes
+        start = spec.offset + (0 if side == "rows" else spec.rank * spec.row_bytes)
+        packed = self._bytes(start, start + spec.rank * piece)
+        return self.directions.unpacked(packed.reshape(len(self.addresses), spec.rank, piece), spec, side)
+
+    def _sums(self, left: torch.Tensor, right: torch.Tensor, spec: ParamSpec) -> Iterator[torch.Tensor]:
         """S of each commit, (height, width) of integers."""
-        rank = max(rank, 1)
+        rank, largest = max(spec.rank, 1), 127 * (1 if spec.mixed is None else LARGEST_MIXED)
         for terms in self.ranges:
             rows = slice(terms.start * rank, terms.stop * rank)
-            yield integer_product(left[rows].t(), right[rows])
+            yield integer_product(left[rows].t(), right[rows], largest)
 
     def _outer(self, left: torch.Tensor, right: torch.Tensor, etas: Sequence[float]) -> Iterator[_Outer]:
         """-eta S of each commit, which has one term, as two factors (height, 1) and (1, width).

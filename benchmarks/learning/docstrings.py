@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from benchmarks.learning.recipes import recipe
 from benchmarks.learning.tasks import Batch, Task, rows, sample
+from zoray.inputs import POOL
 from zoray.models.activations import freeze_inputs
 
 _FOLDER = Path(__file__).parent / "docstrings-data"
@@ -108,6 +109,11 @@ class Docstrings(Task):
     def held_out(self) -> Batch:
         """256 docstrings from other files of the libraries."""
         return sample(self._read("eval"))
+
+    @property
+    def texts(self) -> Batch | None:
+        """Some of the examples: there is no vocabulary here."""
+        return {name: value for name, value in rows(self.train, slice(POOL)).items() if name != "labels"}
 
     def _read(self, part: str) -> Batch:
         from transformers import AutoTokenizer

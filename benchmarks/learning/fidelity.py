@@ -19,13 +19,19 @@ import torch
 import zoray
 from benchmarks.common import commit
 from benchmarks.learning import tasks
-from benchmarks.learning.methods import DENSE, EPSILON, GAUSSIAN, RANK4
+from benchmarks.learning.methods import DENSE, EPSILON, GAUSSIAN, INPUTS, RANK4
 from benchmarks.learning.store import add, lines
 from benchmarks.learning.tasks import Batch, Task, mean_loss, rows, sample
 from benchmarks.learning.workers import settle
 
 RESULTS = Path(__file__).parent / "fidelity.jsonl"
-KINDS: dict[str, dict[str, Any]] = {"rank-1": {}, "rank-4": RANK4, "Rademacher": DENSE, "Gaussian": GAUSSIAN}
+KINDS: dict[str, dict[str, Any]] = {
+    "of inputs": INPUTS,
+    "rank-1": {},
+    "rank-4": RANK4,
+    "Rademacher": DENSE,
+    "Gaussian": GAUSSIAN,
+}
 Case = Literal["one batch", "batches"]
 CASES: tuple[Case, ...] = ("one batch", "batches")
 COUNTS = (1, 4, 16, 64, 256)
@@ -68,7 +74,7 @@ def measure(task: Task, kind: str, case: Case) -> dict[str, Any]:
     model = task.model()
     examples = task.batch(0, 0) if case == "one batch" else sample(task.train, _EXAMPLES)
     gradient = true_gradient(model, examples)
-    replica = zoray.Replica(model, 7, **KINDS[kind])
+    replica = zoray.Replica(model, 7, texts=task.texts, **KINDS[kind])
     wanted = torch.cat([gradient[spec.name].flatten() for spec in replica.layout.specs])
     wanted /= wanted.norm()
     sums = {count: torch.zeros_like(wanted) for count in COUNTS}

@@ -39,7 +39,7 @@ class Method(ABC):
         fixed: the one learning rate it is run with, untuned; None: it is tuned like the others.
         rows: of a batch.
         share: of the task's budget.
-        inputs: adapters that begin as inputs are trained in place of what the task trains (`Task.adapted`).
+        adapters: those that begin as inputs are trained in place of what the task trains (`Task.adapted`).
         version: raised whenever the method changes; results of other versions do not count.
     """
 
@@ -49,7 +49,7 @@ class Method(ABC):
     fixed: float | None = None
     rows: int = ROWS
     share: float = 1.0
-    inputs: bool = False
+    adapters: bool = False
     version: int = 1
 
     @property
@@ -63,8 +63,12 @@ class Method(ABC):
         """Forward passes of a step, of `rows` rows each."""
 
     @abstractmethod
-    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
-        """Begin a run on a model, which the steps will change in place."""
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int, texts: Batch | None = None) -> Step:
+        """Begin a run on a model, which the steps will change in place.
+
+        Args:
+            texts: what tells the inputs of layers, where random tokens cannot.
+        """
 
     def middle(self, task: Task) -> float:
         """Middle of the grid of learning rates."""
@@ -78,7 +82,7 @@ class MeZO(Method):
     dtype: torch.dtype = torch.float32
     evaluations: int = 2
 
-    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int, texts: Batch | None = None) -> Step:
         """The weights are perturbed in place, and updated in their own dtype."""
         model.to(self.dtype)
 
@@ -135,9 +139,9 @@ class Zoray(Method):
         """Of the task, or the optimizer's own."""
         return super().middle(task) if self.unit is None else self.unit
 
-    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int, texts: Batch | None = None) -> Step:
         """A replica of the model, with the run's seed."""
-        replica = zoray.Replica(model.to(self.dtype), seed, estimator=self.estimator, **self.replica)
+        replica = zoray.Replica(model.to(self.dtype), seed, estimator=self.estimator, texts=texts, **self.replica)
         state, curved = self.optimizer.initial(), self.optimizer.wants_curvature
 
         def step(number: int, rate: float) -> float:
@@ -168,7 +172,7 @@ class AdamW(Method):
         """The task's own."""
         return task.adamw_rate * self.rate
 
-    def start(self, model: nn.Module, batch_of: BatchOf, seed: int) -> Step:
+    def start(self, model: nn.Module, batch_of: BatchOf, seed: int, texts: Batch | None = None) -> Step:
         """torch's AdamW without weight decay."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
@@ -204,40 +208,57 @@ HALF = torch.bfloat16
 MOMENT = Optimizer(normalize="second_moment")
 CURVED = Optimizer(normalize="curvature")
 ONE_SIDED = Optimizer(normalize="curvature", shaping="centered")
-DEFAULT: dict[str, Any] = {"fixed": 0.1, "rows": 4, "optimizer": CURVED, "schedule": "linear", "version": 4}
+INPUTS = {"direction": "inputs"}
+DEFAULT: dict[str, Any] = {
+    "fixed": 0.1,
+    "rows": 4,
+    "optimizer": CURVED,
+    "schedule": "linear",
+    "replica": INPUTS,
+    "version": 5,
+}
 """What `zoray train` does where nothing is said (`zoray.config`)."""
 GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
+SIGNS: dict[str, Any] = {"replica": {}, "version": 4}
+ADAPTERS: dict[str, Any] = {"replica": {}, "adapters": True, "version": 4}
 ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16}
+LOSS_DEVIATION: dict[str, Any] = {
+    "unit": 0.006,
+    "rows": 4,
+    "estimator": "one_sided",
+    "per_batch": 4,
+    "schedule": "linear",
+    "optimizer": Optimizer(normalize="loss_deviation", shaping="centered"),
+}
 THIRD = 1 / 3
 
 METHODS: dict[str, Method] = {
     "mezo": MeZO(title="MeZO as published: Gaussian, float32, one direction"),
     "rank1": Zoray(title="rank-1, K = 16, int8", rate=10),
     "dense": Zoray(title="dense Rademacher, K = 16, int8", rate=10, replica=DENSE),
-    "default": Zoray(title="zoray's defaults: rank-1, K = 16, 4 rows, curvature, rate 0.1, linear", **DEFAULT),
+    "default": Zoray(title="zoray's defaults: of inputs, K = 16, 4 rows, curvature, rate 0.1, linear", **DEFAULT),
     "default-third": Zoray(title="zoray's defaults, a third of the passes", **DEFAULT, share=THIRD),
-    "inputs": Zoray(title="zoray's defaults, adapters of inputs", **DEFAULT, inputs=True),
-    "inputs-third": Zoray(
-        title="zoray's defaults, adapters of inputs, a third of the passes", **DEFAULT, inputs=True, share=THIRD
-    ),
     "groups": Zoray(title="zoray's defaults, one-sided, 4 on each batch", **GROUPS),
     "groups-third": Zoray(
         title="zoray's defaults, one-sided, 4 on each batch, a third of the passes", **GROUPS, share=THIRD
     ),
-    "groups-inputs-third": Zoray(
+    "signs": Zoray(title="zoray's defaults, rank-1 of signs", **{**DEFAULT, **SIGNS}),
+    "signs-third": Zoray(
+        title="zoray's defaults, rank-1 of signs, a third of the passes", **{**DEFAULT, **SIGNS}, share=THIRD
+    ),
+    "signs-groups-third": Zoray(
+        title="zoray's defaults, rank-1 of signs, one-sided, 4 on each batch, a third of the passes",
+        **{**GROUPS, **SIGNS}, share=THIRD,
+    ),
+    "adapters-third": Zoray(
+        title="zoray's defaults, adapters of inputs, a third of the passes", **{**DEFAULT, **ADAPTERS}, share=THIRD
+    ),
+    "adapters-groups-third": Zoray(
         title="zoray's defaults, one-sided, 4 on each batch, adapters of inputs, a third of the passes",
-        **GROUPS, inputs=True, share=THIRD,
+        **{**GROUPS, **ADAPTERS}, share=THIRD,
     ),
     "rank1-rows": Zoray(title="rank-1, K = 16, 4 rows", rate=10, rows=4),
     "adamw": AdamW(title="AdamW by backpropagation"),
-    "one-curved": Zoray(
-        title="one-sided, K = 16, curvature, linear schedule",
-        unit=0.2, **ALL_ON_ONE, optimizer=ONE_SIDED, schedule="linear", version=4,
-    ),
-    "curved": Zoray(
-        title="rank-1, K = 16, curvature, linear schedule",
-        unit=0.2, optimizer=CURVED, schedule="linear", version=4,
-    ),
     "moment": Zoray(title="rank-1, K = 16, second moment (MEAZO)", unit=0.005, optimizer=MOMENT),
     "fzoo": Zoray(
         title="one-sided, K = 16, loss deviation (FZOO)",
@@ -245,13 +266,15 @@ METHODS: dict[str, Method] = {
     ),
     "fzoo-third": Zoray(
         title="one-sided, 4 on each batch of 4 rows, loss deviation, linear schedule, a third of the passes",
-        unit=0.006, rows=4, estimator="one_sided", per_batch=4, schedule="linear", share=THIRD,
-        optimizer=Optimizer(normalize="loss_deviation", shaping="centered"),
+        **LOSS_DEVIATION, share=THIRD,
+    ),
+    "fzoo-inputs-third": Zoray(
+        title="the same, directions of inputs",
+        **LOSS_DEVIATION, replica=INPUTS, share=THIRD,
     ),
     "momentum": Zoray(title="rank-1, K = 16, momentum 0.9", optimizer=Optimizer(momentum=0.9)),
     "nesterov": Zoray(title="rank-1, K = 16, Nesterov 0.9", optimizer=Optimizer(momentum=0.9, nesterov=True)),
     "rank1-float": Zoray(title="rank-1, K = 16, float32 scalars", rate=10, scalars="float32"),
-    "rank1-one": Zoray(title="rank-1, K = 1", directions=1),
     "rank1-bf16": Zoray(title="rank-1, K = 16, bfloat16 rounded stochastically", rate=10, dtype=HALF),
     "rank1-bf16-wide": Zoray(
         title="rank-1, K = 16, bfloat16 rounded stochastically, epsilon 0.003", rate=10, dtype=HALF, epsilon=3e-3
@@ -259,17 +282,8 @@ METHODS: dict[str, Method] = {
     "mezo-bf16": MeZO(title="MeZO in bfloat16, in place", dtype=HALF),
     "rank4": Zoray(title="rank-4, K = 16", rate=10, replica=RANK4),
     "rank1-sign": Zoray(title="rank-1, K = 16, sign only", rate=10, optimizer=Optimizer(shaping="sign")),
-    "rank1-linear": Zoray(title="rank-1, K = 16, linear schedule", rate=10, schedule="linear"),
     "zscore": Zoray(title="rank-1, K = 16, z-scores", unit=0.005, optimizer=Optimizer(shaping="zscore")),
     "ranks": Zoray(title="rank-1, K = 16, centred ranks", unit=0.015, optimizer=Optimizer(shaping="rank")),
     "guided": Zoray(title="rank-1, K = 16, guided (MeZO-GV)", rate=10, optimizer=Optimizer(shaping="guided")),
-    "one-sided": Zoray(
-        title="one-sided, K = 16, centred",
-        rate=10, **ALL_ON_ONE, optimizer=Optimizer(shaping="centered"),
-    ),
-    "dense-one": Zoray(title="dense Rademacher, K = 1", directions=1, replica=DENSE),
-    "rank4-one": Zoray(title="rank-4, K = 1", directions=1, replica=RANK4),
-    "rank1-one-bf16": Zoray(title="rank-1, K = 1, bfloat16 rounded stochastically", directions=1, dtype=HALF),
-    "gaussian": Zoray(title="Gaussian, K = 16", rate=10, replica=GAUSSIAN),
 }  # fmt: skip
 """By name, the most wanted first."""

@@ -72,10 +72,10 @@ def train(run: Run) -> tuple[Outcome, float]:
     started = time.perf_counter()
     # Adapters and dropout aside, nothing may draw from torch's own generator; a run must not depend on those before it.
     torch.manual_seed(run.seed)
-    model = task.adapted() if method.inputs else task.model()
+    model = task.adapted() if method.adapters else task.model()
     budget = task.budget * method.share
     curve: list[Point] = [(0, math.nan, *task.evaluate(model))]
-    step = method.start(model, lambda index: task.batch(run.seed, index, method.rows), run.seed)
+    step = method.start(model, lambda index: task.batch(run.seed, index, method.rows), run.seed, task.texts)
     losses: list[float] = []
     passes, number = 0.0, 0
     while passes < budget:

@@ -67,6 +67,11 @@ class Task(ABC):
     def held_out(self) -> Batch:
         """The examples that are only measured on."""
 
+    @property
+    def texts(self) -> Batch | None:
+        """What tells the inputs of layers; None where random tokens can."""
+        return None
+
     def batch(self, seed: int, index: int, count: int = ROWS) -> Batch:
         """The first rows of batch number `index` of the run of `seed`, the same for every method."""
         chosen = np.random.default_rng([seed, index]).integers(0, len(self.train["labels"]), ROWS)[:count]

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from zoray.commits import Commit, seal
+from zoray.coverage import EVERYTHING, Coverage
 from zoray.directions import Directions
-from zoray.layout import make_layout, trainable_parameters
+from zoray.inputs import POOL, Mixture
+from zoray.layout import Layout, Side, make_layout, trainable_parameters
 from zoray.replica import Replica
 
 
@@ -26,9 +28,30 @@ def commit_of(step: int, coefficients: list[int], eta: float = 2.0**-16, decay: 
 
 
 def directions_for(
-    tensors: dict[str, torch.Tensor], kind: str = "rank", rank: int = 1, run_seed: int = 0
+    tensors: dict[str, torch.Tensor],
+    kind: str = "rank",
+    rank: int = 1,
+    run_seed: int = 0,
+    coverage: Coverage = EVERYTHING,
 ) -> Directions:
-    return Directions(make_layout(tensors, kind, rank), run_seed)
+    layout = make_layout(tensors, kind, rank, SIDES)  # type: ignore[arg-type]
+    return Directions(layout, run_seed, coverage, mixtures_for(layout))
+
+
+SIDES: dict[str, Side] = {"matrix": "rows", "wide": "cols", "w": "cols"}
+"""Which side of some tensors inputs are along, in directions of kind "inputs"."""
+
+
+def mixtures_for(layout: Layout) -> dict[str, Mixture]:
+    """Inputs of all sizes."""
+    made = {}
+    for number, spec in enumerate(spec for spec in layout.specs if spec.mixed):
+        generator = np.random.default_rng(number)
+        features = spec.rows if spec.mixed == "rows" else spec.cols
+        inputs = generator.standard_normal((POOL - 3, features)) * generator.exponential(1, features)
+        missing = generator.integers(0, 2, (POOL, features), dtype=np.int8) * 2 - 1
+        made[spec.name] = Mixture.of(inputs, missing.astype(np.int8))
+    return made
 
 
 def really_perturbed(model: nn.Module, replica: Replica, step: int, index: int, shift: float) -> nn.Module:

@@ -32,6 +32,7 @@ from zoray.aggregate import commit
 from zoray.config import RunConfig
 from zoray.directions import Directions
 from zoray.errors import ModelError
+from zoray.layout import DirectionKind
 from zoray.loss import RowLosses
 from zoray.memory import Memory, Resident, pieces
 from zoray.memory.spill import streamed_loading
@@ -112,8 +113,16 @@ class World:
     def here(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: values.to(self.device) for name, values in batch.items()}
 
-    def replica(self, model: nn.Module, rank: int = 1, selection: Selection | None = None, **options: Any) -> Replica:
-        return Replica(model, 7, rank=rank, selection=selection, memory=partial(self.memory, **options))
+    def replica(
+        self,
+        model: nn.Module,
+        rank: int = 1,
+        selection: Selection | None = None,
+        direction: DirectionKind = "rank",
+        **options: Any,
+    ) -> Replica:
+        memory = partial(self.memory, **options)
+        return Replica(model, 7, direction=direction, rank=rank, selection=selection, memory=memory)
 
     def everyone(self, value: Any) -> list[Any]:
         """The value each process has."""
@@ -253,6 +262,17 @@ def selections(world: World) -> None:
         for kind, dtype in (("gpt2", "float32"), ("llama", "bfloat16")) if world.size < 3 else ():
             twin = Replica(loaded(world.models / kind, dtype), 7, selection=selection)
             _steps(world, world.replica(world.load(kind, dtype), selection=selection), twin)
+
+
+def inputs(world: World) -> None:
+    """Every memory finds the same inputs of layers, and moves the weights by directions that are made of them."""
+    # Forwards gather whole parameters, whatever they are gathered from; two processes tell that.
+    for kind, dtype in (("gpt2", "float32"), ("llama", "bfloat16")) if world.size < 3 else ():
+        twin = Replica(world.twin(kind, dtype), 7, direction="inputs")
+        sharded = world.replica(world.load(kind, dtype), direction="inputs")
+        assert twin.directions.inputs and sharded.directions.identity == twin.directions.identity
+        assert twin.directions.identity != twin.layout.identity
+        _steps(world, sharded, twin)
 
 
 def every_path(world: World) -> None:
@@ -589,7 +609,7 @@ def files(world: World) -> None:
 
 Check = Callable[[World], None]
 
-CONTRACT: tuple[Check, ...] = (updates, snapshots, storage_that_fails, probes, selections)
+CONTRACT: tuple[Check, ...] = (updates, snapshots, storage_that_fails, probes, selections, inputs)
 WORLDS: dict[tuple[str, int], tuple[Check, ...]] = {
     ("zero3", 4): (*CONTRACT, peak),
     ("zero3", 3): CONTRACT,

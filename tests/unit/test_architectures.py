@@ -264,9 +264,28 @@ def test_lengths_and_rows_may_coincide(make: Callable[[], Any], batched: bool, r
         assert [each.loss for each in found] == pytest.approx(expected, abs=5e-6), length
 
 
+INPUTS = {"direction": "inputs"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_directions_of_inputs(name: str, tmp_path: Path) -> None:
+    make, batched, chunked = MODELS[name]
+    replica = check(load(make, tmp_path), 5e-6, direction="inputs")
+    assert replica.directions.inputs and replica.verdict is not None
+    assert (replica.verdict.batched, replica.verdict.chunked) == (batched, chunked), replica.verdict.reasons
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
 @pytest.mark.parametrize(
-    "options", [{"signs": "sequential"}, {"head": "full"}, {"rank": 4}, {"direction": "rademacher"}]
+    "options",
+    [
+        {"signs": "sequential"},
+        {"head": "full"},
+        {"rank": 4},
+        {"direction": "rademacher"},
+        INPUTS,
+        {**INPUTS, "rank": 2},
+    ],
 )
 def test_other_paths_and_directions(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     check(load(MODELS[name][0], tmp_path), 5e-6, **options)

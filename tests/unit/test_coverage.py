@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.helpers import bits, commit_of
+from tests.unit.helpers import bits, commit_of, directions_for
 from tests.unit.test_update import DTYPES, apply, assert_same, coefficients, weights
 from zoray.commits import Commit, seal
 from zoray.coverage import EVERYTHING, Coverage
-from zoray.directions import Directions, rank_scale
-from zoray.layout import make_layout
+from zoray.directions import Directions
 from zoray.rounding import rounding_key, stochastic_round
 from zoray.update import Group, Shard, apply_commits
 
@@ -41,7 +40,7 @@ COVERAGES = {"limits": limited, "groups": lambda tensors: ROTATING, "both": both
 
 
 def directions_of(tensors: Tensors, coverage: Coverage, kind: str = "rank", rank: int = 1) -> Directions:
-    return Directions(make_layout(tensors, kind, rank), 11, coverage)  # type: ignore[arg-type]
+    return directions_for(tensors, kind, rank, 11, coverage)
 
 
 def window(step: int, reach: int, decay: float = 1.0, eta: float = 3e-3) -> Commit:
@@ -75,10 +74,10 @@ def reference(directions: Directions, tensors: Tensors, commits: Sequence[Commit
             total = np.zeros(spec.shape, dtype=np.int64)
             for step, index, c in commit.terms:
                 if group is None or (step // coverage.steps) % coverage.count == group:
-                    z = directions.dense((step, index), spec).double() / float(rank_scale(spec))
+                    z = directions.dense((step, index), spec).double() / float(directions.scale(spec))
                     total += c * z.round().long().numpy()
             total[np.abs(value) > np.float32(limit)] = 0
-            delta = np.float32(commit.eta) * rank_scale(spec) * total.astype(np.float32)
+            delta = np.float32(commit.eta) * directions.scale(spec) * total.astype(np.float32)
             value = np.asarray(np.asarray(value * np.float32(commit.decay)) - np.asarray(delta), dtype=np.float32)
             if tensors[spec.name].dtype != torch.float32:
                 key = rounding_key(directions.run_seed, commit.step, spec.name)
@@ -89,7 +88,7 @@ def reference(directions: Directions, tensors: Tensors, commits: Sequence[Commit
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("covers", COVERAGES)
-@pytest.mark.parametrize(("kind", "rank"), [("rank", 1), ("rank", 3), ("rademacher", 1)])
+@pytest.mark.parametrize(("kind", "rank"), [("rank", 1), ("rank", 3), ("inputs", 1), ("inputs", 2), ("rademacher", 1)])
 def test_the_update_is_its_definition(dtype: torch.dtype, covers: str, kind: str, rank: int) -> None:
     tensors = weights(dtype)
     directions = directions_of(tensors, COVERAGES[covers](tensors), kind, rank)
@@ -109,18 +108,18 @@ def test_weights_cross_their_limits() -> None:
 @given(
     covers=st.sampled_from(sorted(COVERAGES)),
     dtype=st.sampled_from(DTYPES),
-    rank=st.sampled_from([1, 3]),
+    kind=st.sampled_from([("rank", 1), ("rank", 3), ("inputs", 1), ("inputs", 2)]),
     block=st.sampled_from([7, 64, 301, 1 << 19]),
     cuts=st.lists(st.integers(0, 2309), max_size=4),
     borders=st.lists(st.integers(0, 8), max_size=4),
 )
 @settings(max_examples=25)
 def test_any_split_of_weights_and_commits_gives_the_same_bits(
-    covers: str, dtype: torch.dtype, rank: int, block: int, cuts: list[int], borders: list[int]
+    covers: str, dtype: torch.dtype, kind: tuple[str, int], block: int, cuts: list[int], borders: list[int]
 ) -> None:
     """Blocks, the shards of several processes, and replay in groups or step by step."""
     tensors = weights(dtype)
-    directions = directions_of(tensors, COVERAGES[covers](tensors), rank=rank)
+    directions = directions_of(tensors, COVERAGES[covers](tensors), *kind)
     commits = commits_of()
     expected = reference(directions, tensors, commits)
     copies = {name: tensor.clone() for name, tensor in tensors.items()}

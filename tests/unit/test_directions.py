@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.unit.helpers import directions_for, philox_blocks
-from zoray.directions import direction_bytes, rank_scale
+from zoray.directions import direction_bytes
 from zoray.layout import ParamSpec
 
 TENSORS = {"a.weight": torch.zeros(40, 30), "b.weight": torch.zeros(40, 30), "a.bias": torch.zeros(40)}
@@ -89,7 +89,7 @@ def test_directions_are_read_from_their_own_ranges(kind: str, rank: int) -> None
         packed = direction_bytes(3, step, index, 0, directions.layout.total_bytes).tobytes()
         for spec in directions.layout.specs:
             z = directions.dense((step, index), spec).numpy()
-            np.testing.assert_array_equal(z, reference_direction(packed, spec) * rank_scale(spec))
+            np.testing.assert_array_equal(z, reference_direction(packed, spec) * directions.scale(spec))
 
 
 def test_seed_zero_is_a_seed() -> None:
@@ -127,4 +127,4 @@ def test_signs_are_signs_and_rank_one_is_an_outer_product() -> None:
     assert int(torch.linalg.matrix_rank(z)) == 1
     left, right = directions.factors((3, 4), spec)
     assert left is not None and torch.equal(left.t() @ right, z)
-    assert float(rank_scale(spec)) == 1.0
+    assert float(directions.scale(spec)) == 1.0

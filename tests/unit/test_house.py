@@ -19,10 +19,10 @@ PACKAGES = ("zoray", "actors", "launch")
 """A package may import itself and those before it."""
 
 LAYERS = (
-    {"errors", "files", "partitioned"},
+    {"errors", "files", "partitioned", "exact"},
     {"schedule", "commits", "layout", "digest", "product", "rounding", "stores"},
     {"optim"},
-    {"config", "coverage"},
+    {"config", "coverage", "inputs"},
     {"directions"},
     {"perturb", "update", "ledger"},
     {"loss", "aggregate"},

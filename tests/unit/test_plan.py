@@ -37,7 +37,7 @@ ZERO3 = {"kind": "zero3", "shards": 2}
 
 
 def work_of(*sizes: int, width: int = 4, **passing: int) -> Work:
-    return Work(tuple((size, width, True) for size in sizes), 0, max(sizes) * width, 0, 0, 0, passing, VERDICT)
+    return Work(tuple((size, width, True) for size in sizes), 0, max(sizes) * width, 0, 0, 0, 0, passing, VERDICT)
 
 
 PLAIN = {"learning_rate": 1e-6, "optimizer": {"normalize": "none"}}

@@ -16,10 +16,10 @@ from tests.unit.test_architectures import MODELS, check, load
 from tests.unit.test_models import config, logits, refused, trainable
 from tests.unit.test_streamed import same
 from zoray.errors import ConfigError
+from zoray.exact import in_float64
 from zoray.memory.spill import streamed_loading
 from zoray.memory.streamed import Streamed, Streaming
 from zoray.models import check_lengths, load_model
-from zoray.models.exact import in_float64
 from zoray.models.prefix import _activations, add_prefix
 from zoray.replica import Replica
 

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import bits, commit_of, directions_for
 from zoray import product
-from zoray.directions import Directions, rank_scale
+from zoray.directions import Directions
+from zoray.inputs import LARGEST_MIXED
 from zoray.product import integer_product
 from zoray.rounding import rounding_key, stochastic_round
 from zoray.update import Shard, apply_commits, whole
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = [("rank", 1), ("rank", 4), ("inputs", 1), ("inputs", 4), ("rademacher", 1)]
 SHAPES = {"matrix": (70, 33), "wide": (3, 301), "vector": (130,), "cube": (4, 9, 8), "scalar": ()}
 
 
@@ -39,9 +41,9 @@ def reference(directions: Directions, tensors: dict[str, torch.Tensor], commits:
         for commit in commits:
             total = torch.zeros(spec.shape, dtype=torch.int64)
             for step, index, c in commit.terms:
-                z = directions.dense((step, index), spec).double() / float(rank_scale(spec))
+                z = directions.dense((step, index), spec).double() / float(directions.scale(spec))
                 total += c * z.round().long()
-            eta = np.float32(commit.eta) * rank_scale(spec)
+            eta = np.float32(commit.eta) * directions.scale(spec)
             delta = torch.from_numpy(np.asarray(np.float32(eta) * total.numpy().astype(np.float32)))
             if commit.decay != 1.0:
                 value = torch.from_numpy(np.asarray(value.numpy() * np.float32(commit.decay)))
@@ -66,7 +68,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "rank"), [("rank", 1), ("rank", 3), ("rademacher", 1)])
+@pytest.mark.parametrize(("kind", "rank"), [("rank", 1), ("rank", 3), ("inputs", 1), ("inputs", 3), ("rademacher", 1)])
 def test_the_update_is_its_definition(dtype: torch.dtype, kind: str, rank: int) -> None:
     tensors = weights(dtype)
     directions = directions_for(tensors, kind, rank, run_seed=11)
@@ -88,7 +90,7 @@ def test_any_number_of_terms_at_full_swing(count: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "rank"), [("rank", 1), ("rank", 4), ("rademacher", 1)])
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
 def test_four_thousand_terms_in_every_dtype_however_they_are_cut(dtype: torch.dtype, kind: str, rank: int) -> None:
     tensors = {"w": torch.randn(24, 20).to(dtype), "b": torch.randn(50).to(dtype)}
     directions = directions_for(tensors, kind, rank)
@@ -104,6 +106,19 @@ def test_the_largest_sum_is_still_exact() -> None:
         found = integer_product(left, torch.full((product.MAX_TERMS, 3), sign, dtype=torch.int8))
         assert set(found.flatten().tolist()) == {sign * 127 * product.MAX_TERMS}
     assert 127 * product.MAX_TERMS < 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_the_largest_sum_of_mixed_factors_is_exact_too(dtype: torch.dtype) -> None:
+    """It is no integer of float32, so it comes as int32."""
+    if dtype == torch.int8 and not product.int8_product_is_exact():
+        pytest.skip("this processor's int8 product saturates")
+    terms = product.MAX_TERMS
+    left = torch.full((2, terms), 127, dtype=dtype)
+    for value in (LARGEST_MIXED, -LARGEST_MIXED):
+        right = torch.full((terms, 3), value, dtype=dtype)
+        found = integer_product(left, right, 127 * LARGEST_MIXED)
+        assert found.dtype == torch.int32 and set(found.flatten().tolist()) == {127 * value * terms}
 
 
 @pytest.fixture
@@ -137,7 +152,11 @@ def test_the_order_of_terms_does_not_matter(dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=25)
-@given(st.sampled_from(DTYPES), st.integers(1, 400), st.sampled_from([("rank", 1), ("rank", 4), ("rademacher", 1)]))
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 400),
+    st.sampled_from(KINDS),
+)
 def test_row_blocks_do_not_matter(dtype: torch.dtype, block: int, kind: tuple[str, int]) -> None:
     tensors = weights(dtype)
     directions = directions_for(tensors, *kind)
@@ -146,7 +165,11 @@ def test_row_blocks_do_not_matter(dtype: torch.dtype, block: int, kind: tuple[st
 
 
 @settings(max_examples=25)
-@given(st.sampled_from(DTYPES), st.sampled_from([("rank", 1), ("rank", 4), ("rademacher", 1)]), st.data())
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from(KINDS),
+    st.data(),
+)
 def test_flat_shards_do_not_matter(dtype: torch.dtype, kind: tuple[str, int], data: st.DataObject) -> None:
     tensors = weights(dtype)
     directions = directions_for(tensors, *kind)

@@ -13,7 +13,7 @@ import torch
 
 from zoray.aggregate import ProbeResult
 from zoray.commits import float32
-from zoray.directions import Address, Directions, rank_scale
+from zoray.directions import Address, Directions
 from zoray.errors import ModelError
 from zoray.estimators.base import Estimator, Kept
 from zoray.layout import ParamSpec
@@ -110,7 +110,7 @@ def _factored(matrix: torch.Tensor, directions: Directions, address: Address, sp
     rows = max(1, _BLOCK_ELEMENTS // spec.cols)
     sides = [block.float() @ right.t() for block in torch.split(matrix, rows)]
     # 1/sqrt(r) sum_i a_i^T (G b_i)
-    return (torch.cat(sides).double() * left.t()).sum() * float(rank_scale(spec))
+    return (torch.cat(sides).double() * left.t()).sum() * float(directions.scale(spec))
 
 
 def _dense(matrix: torch.Tensor, directions: Directions, address: Address, spec: ParamSpec) -> torch.Tensor:

@@ -17,7 +17,6 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from zoray.directions import rank_scale
 from zoray.perturb import Active, Engine
 from zoray.perturb.embedding import EmbeddingLayer
 from zoray.perturb.engine import no_fused_attention, replaced_forward
@@ -74,7 +73,7 @@ def _linear(layer: LinearLayer, active: Active, *args: Any, **kwargs: Any) -> to
     value = _unpack(x).primal
     left, right = active.factors(layer.weight, value)
     inputs, outputs = (left, right) if layer.transposed else (right, left)
-    slope = (value @ inputs.t()).mul_(float(rank_scale(layer.weight))) @ outputs
+    slope = (value @ inputs.t()).mul_(active.weight(layer.weight)) @ outputs
     return _added(functional.linear(x, weight.t() if layer.transposed else weight, bias), slope)
 
 
@@ -85,7 +84,7 @@ def _embedding(layer: EmbeddingLayer, active: Active, *args: Any, **kwargs: Any)
     assert weight is not None
     rows = functional.embedding(tokens, weight)
     left, right = active.factors(layer.weight, rows)
-    return _added(rows, (left.t()[tokens] * float(rank_scale(layer.weight))) @ right)
+    return _added(rows, (left.t()[tokens] * active.weight(layer.weight)) @ right)
 
 
 def _added(output: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:

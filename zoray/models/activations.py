@@ -6,7 +6,7 @@ sum of outer products with inputs, lies among such directions; of all directions
 
 LoRA-FA (Zhang et al. 2023, arXiv 2308.03303) trains B alone, for the sake of memory; EVA (Paischer et al. 2024, arXiv
 2410.07170) begins with A from activations. The texts here are random tokens, so that nothing but the base model and the
-seed is needed, and all replicas have the same bits (`zoray.models.exact`).
+seed is needed, and all replicas have the same bits (`zoray.exact`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from zoray.errors import ConfigError
-from zoray.models.exact import in_float64, rounded
+from zoray.exact import in_float64, rounded
 from zoray.models.limits import max_positions
 
 _LENGTH = 16

@@ -1,7 +1,7 @@
 """Prefix tuning: keys and values of tokens that are not there, trained in place of weights (Li and Liang 2021).
 
 They begin as what the model makes of real tokens, since random ones do poorly (Malladi et al. 2023, MeZO, appendix
-E.5). Every replica makes them itself, and they must be the same bits on any machine (`zoray.models.exact`).
+E.5). Every replica makes them itself, and they must be the same bits on any machine (`zoray.exact`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from zoray.config import PrefixConfig, RunConfig
 from zoray.errors import ModelError
-from zoray.models.exact import in_float64, rounded
+from zoray.exact import in_float64, rounded
 from zoray.models.trainable import peft, task_type, trains
 from zoray.models.words import reason, some
 

@@ -9,8 +9,11 @@ from functools import cached_property
 
 import torch
 
-from zoray.directions import Bytes, Directions, factors_from
+from zoray.directions import Bytes, Directions
 from zoray.layout import ParamSpec
+
+_MIXED_SIZE = 8
+"""About that of mixed factors; a power of two."""
 
 
 class Signs(Enum):
@@ -53,12 +56,21 @@ class Active:
         return -self.epsilon if self.signs is Signs.MINUS else self.epsilon
 
     def factors(self, spec: ParamSpec, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Signs (a, b) of a rank-r parameter, shapes (r, rows) and (r, cols), on `like`'s device and in its dtype."""
+        """Factors (a, b) of a rank-r parameter, shapes (r, rows) and (r, cols), on `like`'s device and in its dtype.
+
+        They are exact in every dtype; mixed ones, of integers, are of the size of signs, as float16 needs it.
+        """
         if spec.name not in self._factors:
-            left, right = factors_from(self._packed[spec.offset : spec.end], spec)
+            left, right = self.directions.unpack(self._packed[spec.offset : spec.end], spec)
             assert left is not None
+            if spec.mixed is not None:
+                (left if spec.mixed == "rows" else right).div_(_MIXED_SIZE)
             self._factors[spec.name] = _sent(left, like.device, like.dtype), _sent(right, like.device, like.dtype)
         return self._factors[spec.name]
+
+    def weight(self, spec: ParamSpec) -> float:
+        """What a product of `factors` is multiplied with in z."""
+        return float(self.directions.scale(spec)) * (1 if spec.mixed is None else _MIXED_SIZE)
 
     def touches(self, spec: ParamSpec) -> bool:
         """Whether the direction moves the parameter."""

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from zoray.directions import rank_scale
 from zoray.layout import ParamSpec
 from zoray.perturb.context import Active, Signs
 from zoray.perturb.rows import ALL_LED, RowRule
@@ -34,7 +33,7 @@ class EmbeddingLayer:
         assert weight is not None
         rows = functional.embedding(tokens.reshape(-1), weight)
         left, right = active.factors(self.weight, rows)
-        coefficients = left.t()[tokens.reshape(-1)].mul_(active.scale * float(rank_scale(self.weight)))
+        coefficients = left.t()[tokens.reshape(-1)].mul_(active.scale * active.weight(self.weight))
         if active.signs is Signs.BOTH:
             coefficients[len(rows) // 2 :].neg_()
         mask = active.mask(self.weight, rows)

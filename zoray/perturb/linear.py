@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zoray.directions import rank_scale
 from zoray.layout import ParamSpec
 from zoray.perturb.context import Active, Signs
 from zoray.perturb.rows import ALL_LED, RowRule
@@ -58,7 +57,7 @@ class LinearLayer:
             return None
         left, right = active.factors(self.weight, flat)
         inputs = left if self.transposed else right
-        scale = active.scale * float(rank_scale(self.weight))
+        scale = active.scale * active.weight(self.weight)
         coefficients = (flat @ inputs.t()).mul_(scale)
         if active.signs is Signs.BOTH:
             coefficients[len(flat) // 2 :].neg_()
@@ -104,7 +103,7 @@ class LinearLayer:
             features = slice(first + columns.start, first + columns.stop)
             piece = weight[:, features] if self.transposed else weight[features]
             z = left.t() @ right[:, features] if self.transposed else left[:, features].t() @ right
-            change = z.float().mul_(active.scale * float(rank_scale(spec)))
+            change = z.float().mul_(active.scale * active.weight(spec))
             mask = active.mask(spec, piece)
             assert mask is not None
             change.mul_(mask)

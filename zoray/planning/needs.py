@@ -87,6 +87,8 @@ def needs(config: RunConfig, work: Work) -> Need:
         )
     found = layout(config, work)
     process = Place({"process": PROCESS_BYTES + (DEEPSPEED_BYTES if isinstance(config.memory, Zero3Memory) else 0)})
+    if work.inputs:
+        process = process + Place({"inputs of layers": work.inputs})
     if config.gpus_per_replica > 0:
         context = Place({"context of the accelerator": CONTEXT_BYTES})
         return Need(context + found.device, process + found.host, found.files, found.mapped)

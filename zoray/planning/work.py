@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ from zoray.coverage import EVERYTHING, Coverage
 from zoray.digest import tensor_digest
 from zoray.errors import ModelError, ZorayError
 from zoray.estimators import ESTIMATORS
+from zoray.inputs import POOL, TOKENS, Mixture, input_sides
 from zoray.layout import Layout, ParamSpec, make_layout, trainable_parameters
 from zoray.memory.units import make_plan
 from zoray.models import blank_model, check_lengths, selection
@@ -52,6 +54,7 @@ class Work:
         pieces: parameters of all modules that have less than 32 MiB each, which the C library has on its heap when they
             are gathered.
         room: on the device for the units of weights that are streamed through it (see `zoray.memory.units`).
+        inputs: of layers, which directions are mixed from; in the host's memory.
         passing: peak of what is made and let go of again, by what the process is doing.
         verdict: the paths that the probes take.
     """
@@ -62,6 +65,7 @@ class Work:
     tied: int
     pieces: int
     room: int
+    inputs: int
     passing: Mapping[str, int]
     verdict: Verdict
 
@@ -98,8 +102,9 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     """
     model = blank_model(config, num_labels)
     check_lengths(config, model)
-    layout = make_layout(trainable_parameters(model), config.direction.kind, config.direction.rank)
-    directions = ShadowDirections(layout, config.seed, _coverage(config, layout))
+    sides = input_sides(model) if config.direction.kind == "inputs" else {}
+    layout = make_layout(trainable_parameters(model), config.direction.kind, config.direction.rank, sides)
+    directions = ShadowDirections(layout, config.seed, _coverage(config, layout), _mixtures(layout))
     room = make_plan(model, layout.specs).room
     # Looked up here, since it multiplies matrices to find out.
     factor_dtype(torch.device("cpu"))
@@ -109,6 +114,8 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
     with _explained(config), gathering(model, shards) if shards > 1 else nullcontext():
         verdict = _forwards(config, model, directions, counter)
     _updates(config, directions, counter, shards)
+    if directions.inputs:
+        counter.found["finding the inputs of layers"] = _finding(model)
     named = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     once = list(model.parameters())
     modules = [_bytes(module.parameters(recurse=False)) for module in model.modules()]
@@ -119,6 +126,7 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
         tied=_bytes(named) - _bytes(once),
         pieces=sum(size for size in modules if size < _LARGEST_ON_HEAP),
         room=room,
+        inputs=sum(mixture.values.nbytes for mixture in directions.inputs.values()),
         passing=counter.found,
         verdict=verdict,
     )
@@ -178,6 +186,22 @@ def _batch(config: RunConfig, rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": labels}
 
 
+def _mixtures(layout: Layout) -> dict[str, Mixture]:
+    """What factors are mixed from, as large as it will be."""
+    features = {each.name: each.rows if each.mixed == "rows" else each.cols for each in layout.specs if each.mixed}
+    return {name: Mixture(np.ones((POOL, count), np.int8)) for name, count in features.items()}
+
+
+def _finding(model: nn.Module) -> int:
+    """Of a forward in float64: a module's weights, and a few tensors of the most features."""
+    # The head would come after all that is looked for.
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    called = (module for module in model.modules() if type(module) is not nn.Embedding and module is not head)
+    modules = [list(module.parameters(recurse=False)) for module in called]
+    widest = max(max(p.shape) for parameters in modules for p in parameters if p.dim() == 2)
+    return 8 * (max(sum(p.numel() for p in parameters) for parameters in modules) + 4 * TOKENS * widest)
+
+
 def _coverage(config: RunConfig, layout: Layout) -> Coverage:
     """What takes as much as any step: groups that take turns are counted as if all were moved."""
     small = isinstance(selection(config), SmallWeights)
@@ -216,7 +240,7 @@ def _bits(layout: Layout, terms: int, block: int) -> int:
     if layout.kind == "gaussian":
         return 4 * max(spec.numel + min(spec.numel, block) for spec in layout.specs)
     packed = terms * layout.total_bytes
-    if layout.kind != "rank" or packed > _PACKED_BYTES:
+    if layout.kind not in ("inputs", "rank") or packed > _PACKED_BYTES:
         packed = 0
     pieces = [terms * spec.cols if spec.rank else min(terms * spec.cols, _PACKED_BYTES) for spec in layout.specs]
     return packed + 2 * max(pieces)

@@ -32,7 +32,10 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def in_float64(model: Any) -> Iterator[None]:
-    """Forwards of the model compute in float64; a module's parameters are widened for the time of its call alone."""
+    """Forwards of the model compute in float64; a module's parameters are widened for the time of its call alone.
+
+    Of a table of embeddings, which may be half a model, only what is looked up is widened.
+    """
     choose = getattr(model, "set_experts_implementation", lambda _: None)
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
     before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
@@ -46,11 +49,17 @@ def in_float64(model: Any) -> Iterator[None]:
     def restore(module: nn.Module, args: object, output: object) -> None:
         module._parameters.update(before.pop(module, {}))
 
+    def widened(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return output.double()
+
     hooks = []
     for module in model.modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if type(module) is nn.Embedding:
+            hooks.append(module.register_forward_hook(widened))
+        elif any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_pre_hook(widen))
-            hooks.append(module.register_forward_hook(restore, always_call=True))
+            # First of all: who takes weights away after the call must find its own.
+            hooks.append(module.register_forward_hook(restore, prepend=True, always_call=True))
     try:
         # The others have kernels for shorter floats alone.
         choose("eager")
@@ -63,14 +72,29 @@ def in_float64(model: Any) -> Iterator[None]:
 
 
 class _Wider(TorchFunctionMode):
-    """Whoever asks for a shorter float gets float64: many models compute norms and softmax in float32."""
+    """Whoever asks for a shorter float gets float64: many models compute norms and softmax in float32.
+
+    Weights that a module takes from another, which is not called, come here in their own dtype, beside float64.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called instead of every torch function."""
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             func = torch.Tensor.double
-        wide = {name: torch.float64 if _is_short(value) else value for name, value in (kwargs or {}).items()}
-        return func(*(torch.float64 if _is_short(value) else value for value in args), **wide)
+        args = [torch.float64 if _is_short(value) else value for value in args]
+        named = {name: torch.float64 if _is_short(value) else value for name, value in (kwargs or {}).items()}
+        if any(_has(value, torch.float64) for value in (*args, *named.values())) and not func.__name__.endswith("_"):
+            args = [_widened(value) for value in args]
+            named = {name: _widened(value) for name, value in named.items()}
+        return func(*args, **named)
+
+
+def _has(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == dtype
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype in _FLOATS else value
 
 
 def _is_short(value: Any) -> bool:

@@ -1,0 +1,197 @@
+"""Factors that are mixed from inputs: which inputs, the same everywhere, and as large as signs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.conftest import make_model
+from tests.unit.helpers import commit_of, printed_elsewhere
+from tests.unit.test_models import config
+from zoray.errors import ConfigError
+from zoray.exact import in_float64
+from zoray.inputs import LARGEST_MIXED, POOL, Mixture, find_mixtures, input_sides, random_texts
+from zoray.layout import BLOCK_BYTES
+from zoray.models import load_model
+from zoray.replica import Replica
+
+
+def loaded(folder: Path, **keys: Any) -> Any:
+    return load_model(config(folder, **keys))
+
+
+def signs(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).integers(0, 2, shape) * 2 - 1).astype(np.int8)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "gemma"])
+def test_they_are_the_inputs_of_random_texts(kind: str, tmp_path: Path) -> None:
+    """Of the last tokens, each by itself in proportion, but for rounding and what is far above the others."""
+    model = loaded(make_model(kind, tmp_path))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts, seen = random_texts(model, 3), dict[str, torch.Tensor]()
+    found = find_mixtures(model, texts, 3)
+    assert set(found) == set(input_sides(model)) and found
+    for name in found:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        model(**texts)
+    for name, mixture in found.items():
+        rows = seen[name].view(POOL, -1, seen[name].shape[-1])[:, -1].double().numpy()
+        expected = np.clip(rows * (1.6 / np.abs(rows).mean(1, keepdims=True)), -7, 7)
+        assert np.abs(mixture.values - expected).max() < 0.6, name
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.dtype == before[name].dtype for name, value in model.state_dict().items())
+
+
+def test_every_process_finds_the_same(tmp_path: Path) -> None:
+    """Also with other numbers of threads and another kernel for attention, whose float32 sums have other bits."""
+    folder = make_model("llama", tmp_path, hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
+    code = (
+        "import sys, torch\n"
+        "torch.set_num_threads(int(sys.argv[3]))\n"
+        "from pathlib import Path\n"
+        "from tests.unit.test_inputs import loaded\n"
+        "from zoray.replica import Replica\n"
+        "model = loaded(Path(sys.argv[1]), attn_implementation=sys.argv[2])\n"
+        "print(Replica(model, 5, direction='inputs').directions.identity)\n"
+    )
+    mine = Replica(loaded(folder), 5, direction="inputs").directions.identity
+    assert printed_elsewhere(code, folder) == {f"{mine}\n"}
+    assert Replica(loaded(folder), 6, direction="inputs").directions.identity != mine
+
+
+def test_other_weights_are_another_set_of_directions(tmp_path: Path) -> None:
+    """A replica that began elsewhere would move the weights otherwise, and must not be let in."""
+    model, other = (loaded(make_model("gpt2", tmp_path / name)) for name in "ab")
+    with torch.no_grad():
+        other.transformer.h[0].ln_1.bias.add_(0.5)
+    first, second = (Replica(each, 5, direction="inputs") for each in (model, other))
+    assert first.layout == second.layout and first.directions.identity != second.directions.identity
+
+
+def test_which_weights_have_inputs(tmp_path: Path) -> None:
+    """Not tied heads, adapters or what is frozen."""
+    gpt2 = input_sides(loaded(make_model("gpt2", tmp_path / "a")))
+    assert {name.rpartition("h.0.")[2]: side for name, side in gpt2.items() if ".h.0." in name} == dict.fromkeys(
+        ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"), "rows"
+    )
+    assert not any("wte" in name or "lm_head" in name for name in gpt2)
+    untied = make_model("llama", tmp_path / "b", tie_word_embeddings=False)
+    assert input_sides(loaded(untied))["lm_head.weight"] == "cols"
+    assert set(input_sides(loaded(untied, trainable="q_proj"))) == {
+        name for name in input_sides(loaded(untied)) if "q_proj" in name
+    }
+    assert input_sides(loaded(untied, trainable={"lora": {"r": 16, "target_modules": "all-linear"}})) == {}
+
+
+def test_no_more_of_a_forward_is_computed_than_is_needed(tmp_path: Path) -> None:
+    """A head's logits are the widest tensor there is, and its inputs are known before them."""
+    model = loaded(make_model("llama", tmp_path, tie_word_embeddings=False))
+    called: list[str] = []
+    for name in ("lm_head", "model.layers.0.mlp.down_proj"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    assert "lm_head.weight" in find_mixtures(model, random_texts(model, 0), 0)
+    assert called == ["model.layers.0.mlp.down_proj"]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_embeddings_are_looked_up_as_they_are(tmp_path: Path) -> None:
+    """A table of them may be half a model; widened whole, it would not fit where the model does."""
+    model = loaded(make_model("gpt2", tmp_path))
+    wte, seen = model.transformer.wte, list[torch.dtype]()
+    wte.register_forward_pre_hook(lambda module, _: seen.append(module.weight.dtype))
+    texts = random_texts(model, 0)
+    with torch.no_grad(), in_float64(model):
+        logits = model(**texts).logits
+    assert logits.dtype == torch.float64 and seen == [torch.float32]
+    with torch.no_grad():
+        expected = model.double()(**texts).logits
+    assert torch.allclose(logits, expected, atol=1e-12)
+
+
+class Picky(nn.Module):
+    """One layer is given three tokens, one none, and one nothing but zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.some, self.none, self.zeros = (nn.Linear(40, 30) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.some(x[:3]).sum() + self.zeros(x * 0).sum()
+        return made
+
+
+def test_layers_that_are_given_little_have_signs_instead() -> None:
+    found = find_mixtures(Picky(), {"x": torch.randn(POOL, 40)}, 3)
+    assert set(found) == {"some.weight", "none.weight", "zeros.weight"}
+    assert len(np.unique(found["some.weight"].values[:3])) > 5
+    for values in (found["some.weight"].values[3:], found["none.weight"].values, found["zeros.weight"].values):
+        assert set(np.unique(values)) == {-2, 2} and abs(values.mean()) < 0.2
+    assert not np.array_equal(found["none.weight"].values, found["zeros.weight"].values)
+
+
+def test_a_model_without_tokens_needs_texts_of_its_own() -> None:
+    with pytest.raises(ConfigError, match="how many tokens") as caught:
+        Replica(Picky(), direction="inputs")
+    assert "texts" in (caught.value.advice or "")
+    replica = Replica(Picky(), direction="inputs", texts={"x": torch.randn(POOL, 40)})
+    assert len(replica.directions.inputs) == 3
+
+
+@settings(max_examples=40)
+@given(
+    features=st.integers(1, 300),
+    size=st.sampled_from([1e-30, 1.0, 1e20]),
+    outlier=st.sampled_from([1.0, 1e6]),
+    count=st.integers(0, POOL),
+    seed=st.integers(0, 9),
+)
+def test_factors_are_what_their_bytes_say_and_fit(
+    features: int, size: float, outlier: float, count: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    inputs = generator.standard_normal((count, features)) * size
+    inputs[:, :1] *= outlier
+    mixture = Mixture.of(inputs, signs((POOL, features)))
+    assert int(np.abs(mixture.values).max()) <= 7
+    packed = generator.integers(0, 256, (5, 2, BLOCK_BYTES + -(-features // 8)), dtype=np.uint8)
+    found = mixture.mix(packed)
+    assert found.dtype == np.int8 and found.shape == (5, 2, features)
+    for index in np.ndindex(5, 2):
+        expected = np.zeros(features, int)
+        for term, byte in enumerate(packed[index][:16].tolist()):
+            expected += (1 - 2 * (byte & 1)) * mixture.values[4 * term + (byte >> 1) % 4]
+        bits = np.unpackbits(packed[index][BLOCK_BYTES:], bitorder="little")[:features].astype(int)
+        np.testing.assert_array_equal(found[index], expected + 8 - 16 * bits)
+        assert np.abs(expected + 8 - 16 * bits).max() <= LARGEST_MIXED
+
+
+def test_factors_are_as_large_as_signs() -> None:
+    generator = np.random.default_rng(0)
+    mixture = Mixture.of(generator.standard_normal((POOL, 200)) * generator.exponential(1, 200), signs((POOL, 200)))
+    packed = generator.integers(0, 256, (4000, BLOCK_BYTES + 32), dtype=np.uint8)
+    squares = np.square(mixture.mix(packed).astype(np.float64) * mixture.scale)
+    assert squares.mean() == pytest.approx(1, abs=0.02)
+
+
+def test_steps_that_learn_from_inputs_are_steps(tmp_path: Path) -> None:
+    """What a commit does to the weights is what the probes perturbed them by."""
+    replica = Replica(loaded(make_model("gpt2", tmp_path)), 5, direction="inputs")
+    before = {name: value.detach().clone() for name, value in replica.model.named_parameters()}
+    replica.apply(commit_of(0, [100, -7], eta=2.0**-10))
+    mixed = 0
+    for spec in replica.layout.specs:
+        z = [replica.directions.dense((0, k), spec) for k in (0, 1)]
+        moved = replica.model.get_parameter(spec.name).detach() - before[spec.name]
+        assert torch.allclose(moved, -(2.0**-10) * (100 * z[0] - 7 * z[1]), atol=1e-5), spec.name
+        mixed += spec.mixed is not None
+    assert mixed == len(replica.directions.inputs) > 0

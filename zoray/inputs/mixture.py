@@ -1,0 +1,91 @@
+"""Inputs of one layer, as small integers, and the factors that are mixed from them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from zoray.layout import BLOCK_BYTES, MIXED_BYTES
+
+POOL = 64
+"""Inputs that are kept of a layer."""
+
+TERMS = MIXED_BYTES
+"""Inputs in one factor: one of each `POOL / TERMS` neighbours."""
+
+LARGEST = 7
+"""Magnitude of the integers."""
+
+SIGNS = 8
+"""Magnitude of the signs that are added; that of a sum of `TERMS` inputs is about the same."""
+
+LARGEST_MIXED = TERMS * LARGEST + SIGNS
+"""Magnitude of a factor's integers, which fit int8."""
+
+_TYPICAL = 1.6
+"""What the mean magnitude of an input becomes: of normal ones, one standard deviation is then 2."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Inputs of a layer.
+
+    Attributes:
+        values: int8 (POOL, features), between -7 and 7.
+    """
+
+    values: npt.NDArray[np.int8]
+
+    @classmethod
+    def of(cls, inputs: npt.NDArray[np.float64], missing: npt.NDArray[np.int8]) -> Mixture:
+        """From inputs as they are.
+
+        Each is divided by about its mean magnitude, and what is far above that is cut off: attention sinks have inputs
+        a thousand times those of other tokens, and some features are that much larger than others.
+
+        Args:
+            inputs: (count, features), count <= POOL.
+            missing: signs (POOL, features), which stand for the inputs that are 0 or not there.
+        """
+        values = 2 * missing
+        for number, row in enumerate(inputs):
+            mean = float(np.abs(row).mean())
+            if mean > 0 and np.isfinite(mean):
+                # To a few bits: machines differ in the last ones of a sum.
+                mantissa, exponent = np.frexp(_TYPICAL / mean)
+                scale = np.ldexp(np.round(mantissa * 64) / 64, exponent)
+                values[number] = np.clip(np.rint(row * scale), -LARGEST, LARGEST)
+        return cls(values)
+
+    @cached_property
+    def scale(self) -> np.float32:
+        """1 over the root mean square of a factor's elements, which makes them as large as signs."""
+        energy = int(np.square(self.values, dtype=np.int64).sum()) * TERMS
+        return np.float32(1 / np.sqrt(energy / self.values.size + SIGNS**2))
+
+    def mix(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
+        """The factors that random bytes stand for.
+
+        Args:
+            packed: (..., a block and as many bits as features): which inputs and with which signs, and signs.
+
+        Returns:
+            int8 (..., features): sums of TERMS inputs and of signs, at most `LARGEST_MIXED` in magnitude.
+        """
+        group = POOL // TERMS
+        chosen = (packed[..., :TERMS] >> 1) % group + group * np.arange(TERMS, dtype=np.uint8)
+        signs = 1 - 2 * (packed[..., :TERMS] & 1).astype(np.int8)
+        bits = np.unpackbits(packed[..., BLOCK_BYTES:], axis=-1, count=self.values.shape[1], bitorder="little")
+        total: npt.NDArray[np.int8] = SIGNS - 2 * SIGNS * bits.view(np.int8)
+        for term in range(TERMS):
+            total += self.values[chosen[..., term]] * signs[..., term, None]
+        return total
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest (hex) of the values."""
+        return hashlib.sha256(self.values.tobytes()).hexdigest()
