@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.unit.helpers import really_perturbed
 from zoray.errors import ModelError
+from zoray.inputs import POOL
 from zoray.replica import Replica
 from zoray.selection import Rotation, Selection, SmallWeights
 
@@ -270,7 +271,11 @@ INPUTS = {"direction": "inputs"}
 @pytest.mark.parametrize("name", MODELS)
 def test_directions_of_inputs(name: str, tmp_path: Path) -> None:
     make, batched, chunked = MODELS[name]
-    replica = check(load(make, tmp_path), 5e-6, direction="inputs")
+    model = load(make, tmp_path)
+    # One has a decoder too, and one sees images.
+    texts = {n: v.repeat(POOL, *[1] * (v.dim() - 1))[:POOL] for n, v in batch_for(model).items()}
+    more = {"texts": texts} if name in ("t5", "vit") else {}
+    replica = check(model, 5e-6, direction="inputs", **more)
     assert replica.directions.inputs and replica.verdict is not None
     assert (replica.verdict.batched, replica.verdict.chunked) == (batched, chunked), replica.verdict.reasons
 

@@ -71,7 +71,7 @@ def test_defaults_are_those_of_the_design(file: Path) -> None:
     run = load(file)
     assert (run.directions, run.microbatches, run.epsilon) == (16, 1, 1e-3)
     assert (run.optimizer.normalize, run.learning_rate, run.lr_scheduler_type) == ("curvature", 0.1, "linear")
-    assert (run.direction.kind, run.direction.rank, run.memory.kind, run.trainable) == ("rank", 1, "resident", "full")
+    assert (run.direction.kind, run.direction.rank, run.memory.kind, run.trainable) == ("inputs", 1, "resident", "full")
     assert isinstance(run.task, CausalLMTask)
     assert run.task.text_column == "text"
 

@@ -15,7 +15,7 @@ from torch import nn
 from tests.conftest import make_model
 from tests.unit.helpers import commit_of, printed_elsewhere
 from tests.unit.test_models import config
-from zoray.errors import ConfigError
+from zoray.errors import ConfigError, ModelError
 from zoray.exact import in_float64
 from zoray.inputs import LARGEST_MIXED, POOL, Mixture, find_mixtures, input_sides, random_texts
 from zoray.layout import BLOCK_BYTES
@@ -195,3 +195,11 @@ def test_steps_that_learn_from_inputs_are_steps(tmp_path: Path) -> None:
         assert torch.allclose(moved, -(2.0**-10) * (100 * z[0] - 7 * z[1]), atol=1e-5), spec.name
         mixed += spec.mixed is not None
     assert mixed == len(replica.directions.inputs) > 0
+
+
+def test_a_model_that_takes_other_arguments_says_so(tmp_path: Path) -> None:
+    model = loaded(make_model("gpt2", tmp_path))
+    with pytest.raises(ModelError, match="cannot be run on texts of pixels") as caught:
+        Replica(model, direction="inputs", texts={"pixels": torch.zeros(POOL, 3)})
+    assert "direction 'rank'" in (caught.value.advice or "")
+    assert not any(module._forward_pre_hooks for module in model.modules())

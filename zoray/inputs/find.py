@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from zoray.errors import ConfigError
+from zoray.errors import ConfigError, ModelError
 from zoray.exact import in_float64
 from zoray.inputs.layers import watched
 from zoray.inputs.mixture import POOL, Mixture
@@ -61,14 +61,25 @@ def find_mixtures(model: nn.Module, texts: Mapping[str, torch.Tensor], seed: int
 
     Returns:
         By name of the weight, for all that `input_sides` names.
+
+    Raises:
+        ModelError: the model takes other arguments.
     """
     layers = {name: (module, side) for name, module, side in watched(model)}
     found: dict[str, npt.NDArray[np.float64]] = {}
     if layers:
         given = {name: value.to(next(model.parameters()).device) for name, value in texts.items()}
         modules = {name: module for name, (module, _) in layers.items()}
-        with suppress(_Enough), torch.no_grad(), _watching(modules, found), in_float64(model):
-            model(**given)
+        try:
+            with suppress(_Enough), torch.no_grad(), _watching(modules, found), in_float64(model):
+                model(**given)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be run on texts of {', '.join(given)} to find the layers' inputs: "
+                f"{error}.",
+                where="direction",
+                advice=f"give Replica `texts`, the arguments of a forward of {POOL} rows, or direction 'rank'",
+            ) from error
     made = {}
     for number, (name, (module, side)) in enumerate(sorted(layers.items())):
         features = _features(module, side)

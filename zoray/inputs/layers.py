@@ -25,7 +25,7 @@ def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, Side]]:
         if weight is None or not weight.requires_grad or users[id(weight)] > 1 or len(shape := shape_of(weight)) != 2:
             continue
         side: Side
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             side, features = "cols", shape[1]
         elif type(module).__name__ == "Conv1D":
             side, features = "rows", shape[0]
