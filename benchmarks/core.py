@@ -1,4 +1,7 @@
-"""Speed of the core on an OPT-125M shape (float32, 8 sequences of 64 tokens): python -m benchmarks.core [--quick]."""
+"""Speed of the core on an OPT-125M shape (float32, 8 sequences of 64 tokens): python -m benchmarks.core [--quick].
+
+Directions are those of a run's defaults.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two pairs, for trying the script out")
     pairs = 2 if parser.parse_args().quick else 5
     model, batch = opt_125m(), opt_batch()
-    replica = Replica(model)
+    replica = Replica(model, direction="inputs")
     verdict = replica.prove(batch)
     fresh = count()
 

@@ -14,6 +14,7 @@ moment there.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -73,7 +74,18 @@ class Directions:
         self.layout = layout
         self.run_seed = run_seed
         self.coverage = coverage
-        self.inputs: Mapping[str, Mixture] = inputs or {}
+        self.inputs = inputs or {}
+
+    @property
+    def inputs(self) -> Mapping[str, Mixture]:
+        """What factors are mixed from, by parameter; see `zoray.inputs`."""
+        return self._inputs
+
+    @inputs.setter
+    def inputs(self, inputs: Mapping[str, Mixture]) -> None:
+        self._inputs = inputs
+        strains = [inputs[spec.name].strain if spec.name in inputs else 1.0 for spec in self.layout.specs if spec.rank]
+        self._size = np.float32(math.sqrt(len(strains) / math.fsum(strains))) if inputs else np.float32(1)
 
     @property
     def identity(self) -> str:
@@ -105,7 +117,7 @@ class Directions:
             return torch.from_numpy(self.normals(address, spec)).view(spec.shape)
         left, right = self.factors(address, spec)
         if left is None:
-            return right.view(spec.shape)
+            return right.mul_(float(self.scale(spec))).view(spec.shape)
         return (left.t() @ right).mul_(float(self.scale(spec))).view(spec.shape)
 
     def factors(self, address: Address, spec: ParamSpec) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -129,9 +141,11 @@ class Directions:
         return unpack_signs(packed, spec.rows if side == "rows" else spec.cols)
 
     def scale(self, spec: ParamSpec) -> np.float32:
-        """What a product of factors is multiplied with: 1/sqrt(r), over the root mean square of mixed ones.
+        """What a product of factors, or a dense direction's signs, are multiplied with to make z.
 
-        Then the elements of z have mean square 1; signs have E[z z^T] = I as well. 1 for a dense direction.
+        1/sqrt(r) for r products; then the elements of z have mean square 1, and signs have E[z z^T] = I. Where factors
+        are mixed, all of z is made smaller, by one number, so that a step of epsilon moves the layers' outputs by about
+        as much as one of signs would: inputs are in line with each other, and the loss would bend within the step.
         """
-        scale = np.float32(1.0 / np.sqrt(max(spec.rank, 1)))
+        scale = self._size * np.float32(1.0 / np.sqrt(max(spec.rank, 1)))
         return scale if spec.mixed is None else scale * self.inputs[spec.name].scale

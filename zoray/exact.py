@@ -34,7 +34,8 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
 def in_float64(model: Any) -> Iterator[None]:
     """Forwards of the model compute in float64; a module's parameters are widened for the time of its call alone.
 
-    Of a table of embeddings, which may be half a model, only what is looked up is widened.
+    Of a table of embeddings, which may be half a model, only what is looked up is widened, and of experts in one tensor
+    the one that is computed.
     """
     choose = getattr(model, "set_experts_implementation", lambda _: None)
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
@@ -43,7 +44,7 @@ def in_float64(model: Any) -> Iterator[None]:
     def widen(module: nn.Module, args: object) -> None:
         before[module] = dict(module._parameters)
         for name, parameter in before[module].items():
-            if parameter is not None and parameter.dtype in _FLOATS:
+            if parameter is not None and parameter.dtype in _FLOATS and parameter.dim() < 3:
                 module._parameters[name] = nn.Parameter(parameter.detach().double(), requires_grad=False)
 
     def restore(module: nn.Module, args: object, output: object) -> None:
@@ -54,7 +55,7 @@ def in_float64(model: Any) -> Iterator[None]:
 
     hooks = []
     for module in model.modules():
-        if type(module) is nn.Embedding:
+        if isinstance(module, nn.Embedding):
             hooks.append(module.register_forward_hook(widened))
         elif any(True for _ in module.parameters(recurse=False)):
             hooks.append(module.register_forward_pre_hook(widen))
@@ -69,6 +70,9 @@ def in_float64(model: Any) -> Iterator[None]:
         choose(experts)
         for hook in hooks:
             hook.remove()
+        # An interrupt ends a module's call without its hooks.
+        for module in list(before):
+            restore(module, (), None)
 
 
 class _Wider(TorchFunctionMode):

@@ -42,7 +42,8 @@ class Replica:
         model: any module whose parameters that require a gradient are float32, bfloat16 or float16; put in eval mode.
         run_seed: seed of the directions and of stochastic rounding, 0 <= run_seed < 2^64.
         direction: "rank" (z = a b^T on matrices), "inputs" (the same, with the factors on the input side of linear
-            layers mixed from inputs, see `zoray.inputs`), "rademacher" or "gaussian" (dense).
+            layers mixed from inputs, see `zoray.inputs`), "rademacher" or "gaussian" (dense). With "inputs", the model
+            must have the weights the run begins with.
         rank: r of the first two kinds.
         texts: of direction "inputs", the arguments of the forward that tells the inputs, of `zoray.inputs.POOL` rows;
             by default of random tokens.
@@ -87,10 +88,10 @@ class Replica:
         self.directions = Directions(self.layout, run_seed)
         self.memory = memory(model, self.directions)
         # Both may look at the weights, which the memory has by now.
-        if sides:
+        mixed = [spec.name for spec in self.layout.specs if spec.mixed]
+        if mixed:
             with self.memory.forwards(first=True):
-                texts = texts or random_texts(model, run_seed)
-                self.directions.inputs = find_mixtures(model, texts, run_seed)
+                self.directions.inputs = find_mixtures(model, texts or random_texts(model, run_seed), run_seed, mixed)
             self.memory.settle()
         self.directions.coverage = cover(selection, model, self.memory)
         self.step = 0

@@ -215,7 +215,7 @@ DEFAULT: dict[str, Any] = {
     "optimizer": CURVED,
     "schedule": "linear",
     "replica": INPUTS,
-    "version": 5,
+    "version": 6,
 }
 """What `zoray train` does where nothing is said (`zoray.config`)."""
 GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
@@ -267,10 +267,6 @@ METHODS: dict[str, Method] = {
     "fzoo-third": Zoray(
         title="one-sided, 4 on each batch of 4 rows, loss deviation, linear schedule, a third of the passes",
         **LOSS_DEVIATION, share=THIRD,
-    ),
-    "fzoo-inputs-third": Zoray(
-        title="the same, directions of inputs",
-        **LOSS_DEVIATION, replica=INPUTS, share=THIRD,
     ),
     "momentum": Zoray(title="rank-1, K = 16, momentum 0.9", optimizer=Optimizer(momentum=0.9)),
     "nesterov": Zoray(title="rank-1, K = 16, Nesterov 0.9", optimizer=Optimizer(momentum=0.9, nesterov=True)),

@@ -29,7 +29,6 @@ THIRDS = (
     "adapters-third",
     "adapters-groups-third",
     "fzoo-third",
-    "fzoo-inputs-third",
 )
 """Methods that take a third of the passes, the first being what `zoray train` does unless it is told otherwise."""
 WHOLE = ("default", "groups", "signs")
@@ -57,7 +56,6 @@ PAIRS = (
     ("groups-third", "default-third", "one-sided, four on a batch, against two-sided, both of inputs", ""),
     ("signs-groups-third", "signs-third", "the same, both of signs", ""),
     ("adapters-third", "signs-third", "adapters of inputs against what the task trains, both of signs", ""),
-    ("fzoo-inputs-third", "fzoo-third", "loss deviation, directions of inputs against signs", ""),
     ("moment", "rank1", "second moment against plain SGD", ""),
     ("momentum", "rank1", "momentum against plain SGD", ""),
     ("nesterov", "momentum", "Nesterov against momentum", ""),

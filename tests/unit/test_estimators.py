@@ -36,7 +36,7 @@ from zoray.selection import Rotation, SmallWeights
 
 NAMES: tuple[EstimatorName, ...] = get_args(EstimatorName)
 EXACT: tuple[EstimatorName, ...] = ("forward_gradient", "backprop")
-KINDS = [("rank", 1), ("rank", 3), ("rademacher", 1), ("gaussian", 1)]
+KINDS = [("rank", 1), ("rank", 3), ("inputs", 1), ("inputs", 3), ("rademacher", 1), ("gaussian", 1)]
 
 NO_FORWARD_RULE = ("mixtral", "gpt-oss", "bloom")
 """Their grouped products, and a function of their own, have no rule for forward-mode differentiation."""

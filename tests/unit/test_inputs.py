@@ -17,7 +17,8 @@ from tests.unit.helpers import commit_of, printed_elsewhere
 from tests.unit.test_models import config
 from zoray.errors import ConfigError, ModelError
 from zoray.exact import in_float64
-from zoray.inputs import LARGEST_MIXED, POOL, Mixture, find_mixtures, input_sides, random_texts
+from zoray.inputs import LARGEST_MIXED, POOL, Mixture, find, find_mixtures, input_sides, random_texts
+from zoray.inputs.find import _one_of_each
 from zoray.layout import BLOCK_BYTES
 from zoray.models import load_model
 from zoray.replica import Replica
@@ -69,6 +70,67 @@ def test_every_process_finds_the_same(tmp_path: Path) -> None:
     assert Replica(loaded(folder), 6, direction="inputs").directions.identity != mine
 
 
+def test_all_of_it_is_computed_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the last bits would be those of this machine's kernels, and now and then an integer another one."""
+    seen: list[torch.dtype] = []
+
+    def noted(inputs: torch.Tensor) -> np.ndarray:
+        seen.append(inputs.dtype)
+        return _one_of_each(inputs)
+
+    monkeypatch.setattr(find, "_one_of_each", noted)
+    for kind in ("gpt2", "opt", "llama", "gemma"):
+        for dtype in ("float32", "bfloat16"):
+            model = loaded(make_model(kind, tmp_path / f"{kind}-{dtype}"), dtype=dtype)
+            before = len(seen)
+            found = find_mixtures(model, random_texts(model, 0), 0)
+            assert len(seen) - before == len(found) > 0 and set(seen) == {torch.float64}
+            assert all(parameter.dtype == getattr(torch, dtype) for parameter in model.parameters())
+
+
+def test_any_seed_has_texts_of_its_own(tmp_path: Path) -> None:
+    model = loaded(make_model("gpt2", tmp_path))
+    texts = [random_texts(model, seed)["input_ids"] for seed in (0, 1, 2**63, 2**63 + 1, 2**64 - 1)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(texts) for b in texts[:i])
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = loaded(make_model("llama", tmp_path))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].post_attention_layernorm.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        find_mixtures(model, random_texts(model, 0), 0)
+    hook.remove()
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_step_is_as_long_as_one_of_signs() -> None:
+    """Inputs that have much in common are moved along by each other: the loss must not bend within epsilon for that."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(torch.randn(256) * 0.02)
+    ids = torch.randint(0, 300, (3, 16))
+    batch = {"input_ids": ids, "labels": ids}
+    errors = {}
+    for direction in ("rank", "inputs"):
+        one, two = (Replica(model, 1, direction=direction, estimator=name) for name in ("backprop", "spsa"))  # type: ignore[arg-type]
+        exact, found = (
+            np.array([each.probe(0, k, batch, 1e-3).projected_gradient for k in range(12)]) for each in (one, two)
+        )
+        errors[direction] = float(np.square(found - exact).mean() / np.square(exact).mean()) ** 0.5
+    mixtures = Replica(model, 1, direction="inputs").directions.inputs.values()
+    assert max(mixture.strain for mixture in mixtures) > 20
+    assert errors["inputs"] < 2 * errors["rank"] < 0.1, errors
+
+
 def test_other_weights_are_another_set_of_directions(tmp_path: Path) -> None:
     """A replica that began elsewhere would move the weights otherwise, and must not be let in."""
     model, other = (loaded(make_model("gpt2", tmp_path / name)) for name in "ab")
@@ -102,6 +164,12 @@ def test_no_more_of_a_forward_is_computed_than_is_needed(tmp_path: Path) -> None
     assert "lm_head.weight" in find_mixtures(model, random_texts(model, 0), 0)
     assert called == ["model.layers.0.mlp.down_proj"]
     assert not any(module._forward_pre_hooks for module in model.modules())
+    called.clear()
+    # One of a layer that is never called does not make a head be called either.
+    model.unused = nn.Linear(32, 32)
+    assert set(find_mixtures(model, random_texts(model, 0), 0)) >= {"unused.weight", "lm_head.weight"}
+    assert set(find_mixtures(model, random_texts(model, 0), 0, ["unused.weight"])) == {"unused.weight"}
+    assert called == ["model.layers.0.mlp.down_proj"] * 2
 
 
 def test_embeddings_are_looked_up_as_they_are(tmp_path: Path) -> None:
@@ -201,5 +269,5 @@ def test_a_model_that_takes_other_arguments_says_so(tmp_path: Path) -> None:
     model = loaded(make_model("gpt2", tmp_path))
     with pytest.raises(ModelError, match="cannot be run on texts of pixels") as caught:
         Replica(model, direction="inputs", texts={"pixels": torch.zeros(POOL, 3)})
-    assert "direction 'rank'" in (caught.value.advice or "")
+    assert "direction: {kind: rank}" in (caught.value.advice or "")
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -179,7 +179,7 @@ class Short(Sequence):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_with_the_passes_it_says(method: str) -> None:
     task, how = Short(), METHODS[method]
-    model, counted = task.adapted() if how.inputs else task.model(), list[int]()
+    model, counted = task.adapted() if how.adapters else task.model(), list[int]()
     step = how.start(model, lambda number: task.batch(1, number, how.rows), 1)
     step(0, 1e-6)  # which also proves the paths
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -22,6 +22,7 @@ from tests.unit.test_cli import Zoray, zoray
 from zoray import product
 from zoray.config import DIFFERENTIATING, MemoryConfig, RunConfig, load
 from zoray.errors import ConfigError, ModelError
+from zoray.inputs import find_mixtures, random_texts
 from zoray.models import blank_model, load_model, selection
 from zoray.planning import Fit, Machine, Need, Place, Plan, Planner, Work, measure, needs, storage
 from zoray.planning.live import Peak
@@ -166,6 +167,32 @@ def test_predicted_peaks_are_those_of_real_models(name: str, tmp_path: Path) -> 
     assert work.weights() == sum(p.numel() * p.element_size() for p in model.parameters())
     predicted = {name: work.passing[name] for name in real}
     assert predicted == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_finding_inputs_takes_is_about_what_is_predicted(name: str, tmp_path: Path) -> None:
+    """Of small models its tensors, whose number is not counted one by one."""
+    torch.manual_seed(0)
+    MODELS[name][0]().save_pretrained(tmp_path)
+    labels = 3 if name in ("bert", "mpnet") else None
+    config = config_of(tmp_path, "causal_lm" if labels is None else "classification")
+    model = load_model(config, num_labels=labels)
+    with Peak() as peak:
+        found = find_mixtures(model, random_texts(model, 0), 0)
+    work = measure(config, labels)
+    assert 0.6 * peak.peak < work.passing["finding the inputs of layers"] < 3 * peak.peak
+    assert work.inputs == sum(mixture.values.nbytes for mixture in found.values())
+
+
+def test_finding_inputs_takes_no_copy_of_embeddings_or_a_head(tmp_path: Path) -> None:
+    wide = {"vocab_size": 20_000, "tie_word_embeddings": False}
+    for kind in ("llama", "gemma"):
+        config = config_of(make_model(kind, tmp_path / kind, **wide))
+        model = load_model(config)
+        with Peak() as peak:
+            find_mixtures(model, random_texts(model, 0), 0)
+        table = 8 * model.get_input_embeddings().weight.numel()
+        assert peak.peak < table / 2 and measure(config).passing["finding the inputs of layers"] < table / 2
 
 
 KEYS: list[dict[str, Any]] = [

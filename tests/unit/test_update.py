@@ -121,6 +121,21 @@ def test_the_largest_sum_of_mixed_factors_is_exact_too(dtype: torch.dtype) -> No
         assert found.dtype == torch.int32 and set(found.flatten().tolist()) == {127 * value * terms}
 
 
+def test_sums_beyond_the_integers_of_float32_are_rounded_once() -> None:
+    """With either product, and however they are cut."""
+    tensors = {"w": torch.randn(24, 40), "matrix": torch.randn(40, 24)}
+    directions = directions_for(tensors, "inputs")
+    commit = commit_of(3, [127] * 6000, eta=float(np.float32(1e-7)))
+    # All along one direction, so that nothing cancels.
+    object.__setattr__(commit, "terms", ((3, 0, 127),) * 6000)
+    expected = reference(directions, tensors, [commit])
+    largest = max(float(directions.dense((3, 0), s).abs().max() / directions.scale(s)) for s in directions.layout.specs)
+    assert 127 * 6000 * largest >= 2**24
+    assert_same(apply(directions, tensors, [commit]), expected)
+    assert_same(apply(directions, tensors, [commit], block_elements=1), expected)
+    assert_same(apply(directions, tensors, [commit], block_elements=100), expected)
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

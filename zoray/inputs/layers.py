@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -27,12 +28,18 @@ def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, Side]]:
         side: Side
         if isinstance(module, nn.Linear):
             side, features = "cols", shape[1]
-        elif type(module).__name__ == "Conv1D":
+        elif is_conv1d(module):
             side, features = "rows", shape[0]
         else:
             continue
-        if features >= TERMS and "lora_" not in name:
+        if features >= TERMS and ".lora_" not in f".{name}":
             yield f"{name}.weight" if name else "weight", module, side
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer with a transposed weight; it can only exist where transformers has been imported."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and type(module).forward is library.Conv1D.forward
 
 
 def input_sides(model: nn.Module) -> dict[str, Side]:

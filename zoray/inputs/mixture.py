@@ -67,6 +67,20 @@ class Mixture:
         energy = int(np.square(self.values, dtype=np.int64).sum()) * TERMS
         return np.float32(1 / np.sqrt(energy / self.values.size + SIGNS**2))
 
+    @cached_property
+    def strain(self) -> float:
+        """How much more an input's product with a factor varies, in mean square, than with one of signs.
+
+        Inputs have much in common, so a factor made of some reaches the others too: by the more, the more features. Of
+        the inputs that are kept, with factors of the others.
+        """
+        values = self.values.astype(np.int64)
+        products = values @ values.T
+        lengths = np.diag(products).sum()
+        shared = int(np.square(products).sum() - np.square(np.diag(products)).sum())
+        mean = TERMS * shared / (POOL - 1) + SIGNS**2 * int(lengths)
+        return float(self.scale) ** 2 * mean / int(lengths)
+
     def mix(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
         """The factors that random bytes stand for.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoray.inputs.layers import is_conv1d
 from zoray.layout import Layout, ParamSpec
 from zoray.perturb.context import Active
 from zoray.perturb.embedding import EmbeddingLayer
@@ -45,7 +45,6 @@ class Engine:
         self, model: nn.Module, layout: Layout, strays: frozenset[str] = frozenset(), rows: Rows | None = None
     ) -> None:
         self.model, self.layout, self.strays = model, layout, strays
-        self.dense = layout.kind != "rank"
         self.specs = parameter_specs(model, layout)
         self.handlers: dict[nn.Module, Handler] = {}
         self.names: dict[nn.Module, str] = {}
@@ -67,7 +66,7 @@ class Engine:
         factored = weight is None or weight.rank > 0
         if own.keys() <= {"weight", "bias"} and "forward" not in module.__dict__:
             forward: Any = type(module).forward
-            transposed = _is_conv1d(module)
+            transposed = is_conv1d(module)
             if (
                 (forward is nn.Linear.forward or transposed)
                 and factored
@@ -142,9 +141,3 @@ def no_fused_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer with a transposed weight; it can only exist where transformers has been imported."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and type(module).forward is library.Conv1D.forward

@@ -196,10 +196,12 @@ def _finding(model: nn.Module) -> int:
     """Of a forward in float64: a module's weights, and a few tensors of the most features."""
     # The head would come after all that is looked for.
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    called = (module for module in model.modules() if type(module) is not nn.Embedding and module is not head)
+    called = (module for module in model.modules() if not isinstance(module, nn.Embedding) and module is not head)
     modules = [list(module.parameters(recurse=False)) for module in called]
     widest = max(max(p.shape) for parameters in modules for p in parameters if p.dim() == 2)
-    return 8 * (max(sum(p.numel() for p in parameters) for parameters in modules) + 4 * TOKENS * widest)
+    # Of experts in one tensor, one at a time.
+    largest = max(sum(p[0].numel() if p.dim() > 2 else p.numel() for p in parameters) for parameters in modules)
+    return 8 * (largest + 8 * TOKENS * widest)
 
 
 def _coverage(config: RunConfig, layout: Layout) -> Coverage:
