@@ -217,7 +217,7 @@ DEFAULT: dict[str, Any] = {
     "replica": INPUTS,
     "version": 6,
 }
-"""What `zoray train` does where nothing is said (`zoray.config`)."""
+"""What `zoray train` does where nothing is said (`zoray.config`); on docstrings the inputs are those of examples."""
 GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
 SIGNS: dict[str, Any] = {"replica": {}, "version": 4}
 ADAPTERS: dict[str, Any] = {"replica": {}, "adapters": True, "version": 4}
