@@ -162,8 +162,7 @@ class _Sums:
             return
         limited = spec.name in self.directions.coverage.limits
         one_each = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
-        # Products with a mixed factor would have to be rounded.
-        single = one_each and not limited and spec.mixed is None
+        single = one_each and not limited
         dtype = torch.float32 if single else factor_dtype(device)
         right, mixed = None, None
         if spec.rank:
@@ -175,7 +174,7 @@ class _Sums:
             left, across = self._factors(block, right, mixed, dtype)
             updates: Iterator[torch.Tensor | _Outer] = self._sums(left, across, spec)
             if single:
-                updates = self._outer(left, across, etas)
+                updates = self._outer(left, across, etas, spec)
             for commit, eta, update in zip(self.commits, etas, updates, strict=True):
                 _step(block, commit, eta, update, self.directions)
 
@@ -225,12 +224,21 @@ class _Sums:
             rows = slice(terms.start * rank, terms.stop * rank)
             yield integer_product(left[rows].t(), right[rows], largest)
 
-    def _outer(self, left: torch.Tensor, right: torch.Tensor, etas: Sequence[float]) -> Iterator[_Outer]:
+    def _outer(
+        self, left: torch.Tensor, right: torch.Tensor, etas: Sequence[float], spec: ParamSpec
+    ) -> Iterator[_Outer]:
         """-eta S of each commit, which has one term, as two factors (height, 1) and (1, width).
 
-        eta * c is rounded here, and its product with a sign is exact: fused into the sum or not, the bits are the same.
+        One of them is of signs. eta * c times the other is rounded here, and its product with a sign is exact: fused
+        into the sum or not, the bits are the same.
         """
         scales = torch.tensor(etas, dtype=torch.float32, device=left.device).neg_()
+        if spec.mixed is not None:
+            # Their c_k is on the signs so far.
+            c = torch.from_numpy(self.coefficients).to(left)[:, None]
+            left, right = (left / c, right * c) if spec.mixed == "cols" else (left * c, right / c)
+        if spec.mixed == "cols":
+            return zip(left[:, :, None], (right * scales[:, None])[:, None, :], strict=True)
         return zip((left * scales[:, None])[:, :, None], right[:, None, :], strict=True)
 
     def _signs(self, start: int, piece_bytes: int, pieces: int, first: int, count: int) -> Signs:

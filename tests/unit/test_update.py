@@ -80,10 +80,11 @@ def test_the_update_is_its_definition(dtype: torch.dtype, kind: str, rank: int) 
     assert_same(apply(directions, tensors, commits), reference(directions, tensors, commits))
 
 
+@pytest.mark.parametrize("kind", ["rank", "inputs"])
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
-def test_any_number_of_terms_at_full_swing(count: int) -> None:
-    tensors = {"w": torch.randn(24, 40), "b": torch.randn(50)}
-    directions = directions_for(tensors)
+def test_any_number_of_terms_at_full_swing(count: int, kind: str) -> None:
+    tensors = {"w": torch.randn(24, 40), "matrix": torch.randn(40, 24), "b": torch.randn(50)}
+    directions = directions_for(tensors, kind)
     for values in ([127] * count, [-127] * count, coefficients(count)):
         commits = [commit_of(3, values, eta=float(np.float32(1e-7)))]
         assert_same(apply(directions, tensors, commits), reference(directions, tensors, commits))
