@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.common import Row, write_section
 from benchmarks.learning import fidelity, tasks
-from benchmarks.learning.methods import METHODS
+from benchmarks.learning.methods import METHODS, THIRD
 from benchmarks.learning.plots import plot_all
 from benchmarks.learning.runs import EVALUATION, EXTENSIONS, RATES, Results
 from benchmarks.learning.statistics import Estimate, effective_dimension, expected_cosine
@@ -97,6 +97,10 @@ def figures(results: Results, cells: Cells) -> Iterator[Row]:
                 start = next(iter(one.outcomes.values())).curve[0][LOSS]
                 value = f"{one.diverged} of {len(one.outcomes)} diverged; {one.final()} from {start:.4f}"
                 yield Row(f"{task}: {METHODS[method].title}", value, "none diverges", one.diverged == 0)
+                share, never = share_to_reach(one, cells[task, BASELINE])
+                soon = share is not None and never == 0 and share.mean <= THIRD
+                what = f"{task}: passes to MeZO's final loss / MeZO's, {METHODS[method].title}"
+                yield Row(what, reached(share, never), "≤ 1/3", soon)
     for first, second, what, target in PAIRS:
         for task in tasks.VERSIONS:
             gap = difference(cells[task, first], cells[task, second])
