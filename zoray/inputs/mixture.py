@@ -74,12 +74,12 @@ class Mixture:
         Inputs have much in common, so a factor made of some reaches the others too: by the more, the more features. Of
         the inputs that are kept, with factors of the others.
         """
-        values = self.values.astype(np.int64)
-        products = values @ values.T
-        lengths = np.diag(products).sum()
-        shared = int(np.square(products).sum() - np.square(np.diag(products)).sum())
-        mean = TERMS * shared / (POOL - 1) + SIGNS**2 * int(lengths)
-        return float(self.scale) ** 2 * mean / int(lengths)
+        # Integers that float64 holds, whatever order they are summed in: NumPy's own product of integers is slow.
+        values = self.values.astype(np.float64)
+        products = (values @ values.T).astype(np.int64)
+        own = np.diag(products)
+        shared, lengths = int(np.square(products).sum() - np.square(own).sum()), int(own.sum())
+        return float(self.scale) ** 2 * (TERMS * shared / (POOL - 1) + SIGNS**2 * lengths) / lengths
 
     def mix(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
         """The factors that random bytes stand for.
