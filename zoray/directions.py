@@ -90,7 +90,12 @@ class Directions:
     @property
     def identity(self) -> str:
         """Digest (hex) of layout, coverage and inputs: equal if and only if two replicas can share a ledger."""
-        parts = [self.coverage.identity, *(f"{name} {self.inputs[name].digest}" for name in sorted(self.inputs))]
+        parts = [self.coverage.identity]
+        if self.inputs:
+            parts += [
+                self._size.tobytes().hex(),
+                *(f"{name} {self.inputs[name].digest}" for name in sorted(self.inputs)),
+            ]
         if not any(parts):
             return self.layout.identity
         return hashlib.sha256(" ".join([self.layout.identity, *parts]).encode()).hexdigest()[:32]

@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 _FINENESS = 8
 """Bits by which the grid that values are rounded to is finer than the largest of them."""
 
+_LARGE = 1 << 24
+"""Weights in a tensor of three dimensions, such as a convolution has, that are widened at once at most."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,17 +37,19 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
 def in_float64(model: Any) -> Iterator[None]:
     """Forwards of the model compute in float64; a module's parameters are widened for the time of its call alone.
 
-    Of a table of embeddings, which may be half a model, only what is looked up is widened, and of experts in one tensor
-    the one that is computed.
+    Of a table of embeddings, which may be half a model, only what is looked up is widened, and of experts in one large
+    tensor what the model computes with at a time.
     """
     choose = getattr(model, "set_experts_implementation", lambda _: None)
     experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    attend = model.set_attn_implementation if "flash" in attention else lambda _: None
     before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def widen(module: nn.Module, args: object) -> None:
         before[module] = dict(module._parameters)
         for name, parameter in before[module].items():
-            if parameter is not None and parameter.dtype in _FLOATS and parameter.dim() < 3:
+            if parameter is not None and parameter.dtype in _FLOATS and not _is_of_experts(parameter):
                 module._parameters[name] = nn.Parameter(parameter.detach().double(), requires_grad=False)
 
     def restore(module: nn.Module, args: object, output: object) -> None:
@@ -64,10 +69,12 @@ def in_float64(model: Any) -> Iterator[None]:
     try:
         # The others have kernels for shorter floats alone.
         choose("eager")
+        attend("sdpa")
         with _Wider():
             yield
     finally:
         choose(experts)
+        attend(attention)
         for hook in hooks:
             hook.remove()
         # An interrupt ends a module's call without its hooks.
@@ -93,11 +100,19 @@ class _Wider(TorchFunctionMode):
         return func(*args, **named)
 
 
+def _is_of_experts(parameter: torch.Tensor) -> bool:
+    return parameter.dim() > 2 and parameter.numel() > _LARGE
+
+
 def _has(value: Any, dtype: torch.dtype) -> bool:
+    if type(value) in (list, tuple):
+        return any(_has(each, dtype) for each in value)
     return isinstance(value, torch.Tensor) and value.dtype == dtype
 
 
 def _widened(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(map(_widened, value))
     return value.double() if isinstance(value, torch.Tensor) and value.dtype in _FLOATS else value
 
 

@@ -34,7 +34,8 @@ DEVICE_BLOCK_ELEMENTS = 1 << 23
 """The same on an accelerator, where starting the kernels for a small block takes longer than they do."""
 
 Signs = npt.NDArray[np.int8]
-_Outer = tuple[torch.Tensor, torch.Tensor]
+_Outer = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""-eta S as two factors, and the rows, or columns, where the mixed one of them is 0."""
 
 _GROUP_TERMS = 1024
 _PACKED_BYTES = 64 << 20
@@ -162,7 +163,8 @@ class _Sums:
             return
         limited = spec.name in self.directions.coverage.limits
         one_each = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
-        single = one_each and not limited
+        # An accelerator would have to wait for the places of a mixed factor's zeros.
+        single = one_each and not limited and (spec.mixed is None or device.type == "cpu")
         dtype = torch.float32 if single else factor_dtype(device)
         right, mixed = None, None
         if spec.rank:
@@ -232,14 +234,15 @@ class _Sums:
         One of them is of signs. eta * c times the other is rounded here, and its product with a sign is exact: fused
         into the sum or not, the bits are the same.
         """
-        scales = torch.tensor(etas, dtype=torch.float32, device=left.device).neg_()
-        if spec.mixed is not None:
-            # Their c_k is on the signs so far.
-            c = torch.from_numpy(self.coefficients).to(left)[:, None]
-            left, right = (left / c, right * c) if spec.mixed == "cols" else (left * c, right / c)
-        if spec.mixed == "cols":
-            return zip(left[:, :, None], (right * scales[:, None])[:, None, :], strict=True)
-        return zip((left * scales[:, None])[:, :, None], right[:, None, :], strict=True)
+        scales = torch.tensor(etas, dtype=torch.float32, device=left.device).neg_()[:, None]
+        if spec.mixed is None:
+            return ((a, b, None) for a, b in zip((left * scales)[:, :, None], right[:, None, :], strict=True))
+        # Their c_k is on the signs so far.
+        c = torch.from_numpy(self.coefficients).to(left)[:, None]
+        signs, values = (left / c, right * c) if spec.mixed == "cols" else (right / c, left * c)
+        zeros = [(each == 0).nonzero()[:, 0] for each in values]
+        left, right = (signs, values * scales) if spec.mixed == "cols" else (values * scales, signs)
+        return zip(left[:, :, None], right[:, None, :], zeros, strict=True)
 
     def _signs(self, start: int, piece_bytes: int, pieces: int, first: int, count: int) -> Signs:
         """Signs first..first+count-1 of each of `pieces` adjacent pieces, int8 (terms, pieces, count)."""
@@ -279,10 +282,20 @@ def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Out
         change = _float32(update).mul_(eta)
         exact.sub_(change if mask is None else change.mul_(mask))
     else:
-        exact.addcmul_(*update)
+        _add_outer(exact, *update, dim=0 if spec.mixed == "rows" else 1)
     if values.dtype != torch.float32:
         key = rounding_key(directions.run_seed, commit.step, spec.name)
         values.copy_(stochastic_round(exact, values.dtype, key, block.row * spec.cols + block.col))
+
+
+def _add_outer(
+    exact: torch.Tensor, left: torch.Tensor, right: torch.Tensor, zeros: torch.Tensor | None, dim: int
+) -> None:
+    """exact += left right. What a zero is added to stays as it is, -0.0 too, as it does where S is 0 and subtracted."""
+    still = None if zeros is None else exact.index_select(dim, zeros)
+    exact.addcmul_(left, right)
+    if zeros is not None and still is not None:
+        exact.index_copy_(dim, zeros, still)
 
 
 def _float32(total: torch.Tensor) -> torch.Tensor:

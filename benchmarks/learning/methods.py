@@ -222,14 +222,6 @@ GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "
 SIGNS: dict[str, Any] = {"replica": {}, "version": 4}
 ADAPTERS: dict[str, Any] = {"replica": {}, "adapters": True, "version": 4}
 ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16}
-LOSS_DEVIATION: dict[str, Any] = {
-    "unit": 0.006,
-    "rows": 4,
-    "estimator": "one_sided",
-    "per_batch": 4,
-    "schedule": "linear",
-    "optimizer": Optimizer(normalize="loss_deviation", shaping="centered"),
-}
 THIRD = 1 / 3
 
 METHODS: dict[str, Method] = {
@@ -266,7 +258,8 @@ METHODS: dict[str, Method] = {
     ),
     "fzoo-third": Zoray(
         title="one-sided, 4 on each batch of 4 rows, loss deviation, linear schedule, a third of the passes",
-        **LOSS_DEVIATION, share=THIRD,
+        unit=0.006, rows=4, estimator="one_sided", per_batch=4, schedule="linear", share=THIRD,
+        optimizer=Optimizer(normalize="loss_deviation", shaping="centered"),
     ),
     "momentum": Zoray(title="rank-1, K = 16, momentum 0.9", optimizer=Optimizer(momentum=0.9)),
     "nesterov": Zoray(title="rank-1, K = 16, Nesterov 0.9", optimizer=Optimizer(momentum=0.9, nesterov=True)),

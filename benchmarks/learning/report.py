@@ -52,9 +52,25 @@ PAIRS = (
     ("rank1-rows", "rank1", "4 rows a probe against 16", ""),
     ("default", "signs", "directions of inputs against signs", ""),
     ("default-third", "signs-third", "directions of inputs against signs, a third of the passes", ""),
-    ("groups-third", "signs-groups-third", "the same, both one-sided, four on a batch", ""),
-    ("groups-third", "default-third", "one-sided, four on a batch, against two-sided, both of inputs", ""),
-    ("signs-groups-third", "signs-third", "the same, both of signs", ""),
+    (
+        "groups-third",
+        "signs-groups-third",
+        "directions of inputs against signs, both one-sided, four on a batch, a third of the passes",
+        "",
+    ),
+    (
+        "groups-third",
+        "default-third",
+        "one-sided, four on a batch, against two-sided, both of inputs, a third of the passes",
+        "",
+    ),
+    ("groups", "default", "one-sided, four on a batch, against two-sided, both of inputs", ""),
+    (
+        "signs-groups-third",
+        "signs-third",
+        "one-sided, four on a batch, against two-sided, both of signs, a third of the passes",
+        "",
+    ),
     ("adapters-third", "signs-third", "adapters of inputs against what the task trains, both of signs", ""),
     ("moment", "rank1", "second moment against plain SGD", ""),
     ("momentum", "rank1", "momentum against plain SGD", ""),
@@ -98,7 +114,7 @@ def figures(results: Results, cells: Cells) -> Iterator[Row]:
                 value = f"{one.diverged} of {len(one.outcomes)} diverged; {one.final()} from {start:.4f}"
                 yield Row(f"{task}: {METHODS[method].title}", value, "none diverges", one.diverged == 0)
                 share, never = share_to_reach(one, cells[task, BASELINE])
-                soon = share is not None and never == 0 and share.mean <= THIRD
+                soon = share is not None and never == 0 and share.mean + share.half <= THIRD
                 what = f"{task}: passes to MeZO's final loss / MeZO's, {METHODS[method].title}"
                 yield Row(what, reached(share, never), "≤ 1/3", soon)
     for first, second, what, target in PAIRS:

@@ -70,22 +70,42 @@ def test_every_process_finds_the_same(tmp_path: Path) -> None:
     assert Replica(loaded(folder), 6, direction="inputs").directions.identity != mine
 
 
-def test_all_of_it_is_computed_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "gemma", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_of_it_is_computed_in_float64(
+    kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or the last bits would be those of this machine's kernels, and now and then an integer another one."""
-    seen: list[torch.dtype] = []
+    seen: list[torch.Tensor] = []
 
     def noted(inputs: torch.Tensor) -> np.ndarray:
-        seen.append(inputs.dtype)
+        seen.append(inputs.clone())
         return _one_of_each(inputs)
 
     monkeypatch.setattr(find, "_one_of_each", noted)
-    for kind in ("gpt2", "opt", "llama", "gemma"):
-        for dtype in ("float32", "bfloat16"):
-            model = loaded(make_model(kind, tmp_path / f"{kind}-{dtype}"), dtype=dtype)
-            before = len(seen)
-            found = find_mixtures(model, random_texts(model, 0), 0)
-            assert len(seen) - before == len(found) > 0 and set(seen) == {torch.float64}
-            assert all(parameter.dtype == getattr(torch, dtype) for parameter in model.parameters())
+    model = loaded(make_model(kind, tmp_path), dtype=dtype)
+    # Experts in one tensor are not widened whole where they are large.
+    monkeypatch.setattr("zoray.exact._LARGE", 100)
+    texts = random_texts(model, 0)
+    found = find_mixtures(model, texts, 0)
+    assert len(seen) == len(found) > 0
+    assert all(parameter.dtype == getattr(torch, dtype) for parameter in model.parameters())
+    mine, seen[:] = list(seen), []
+    with in_float64(model):
+        find_mixtures(model.double(), texts, 0)
+    for one, other in zip(mine, seen, strict=True):
+        assert one.dtype == torch.float64 and torch.allclose(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_attention_without_a_kernel_for_float64_is_another_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chosen = loaded(make_model("llama", tmp_path)), list[str]()
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda self, name: chosen.append(name))
+    with in_float64(model):
+        assert chosen == ["sdpa"]
+    assert chosen == ["sdpa", "flash_attention_2"]
 
 
 def test_any_seed_has_texts_of_its_own(tmp_path: Path) -> None:

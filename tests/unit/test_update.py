@@ -137,6 +137,33 @@ def test_sums_beyond_the_integers_of_float32_are_rounded_once() -> None:
     assert_same(apply(directions, tensors, [commit], block_elements=100), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["rank", "inputs"])
+def test_negative_zeros_are_the_same_on_every_path(
+    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factor of inputs may be 0, and then so is S, whose sign no product may tell: pruned weights are -0.0."""
+    tensors = {name: torch.full(shape, -0.0, dtype=dtype) for name, shape in SHAPES.items()}
+    directions = directions_for(tensors, kind)
+    commits = [
+        commit_of(0, [-3], 2.0**-9),
+        commit_of(1, [], 0.0, 0.5),
+        commit_of(2, [5], 2.0**-30),
+        commit_of(3, [9, -9]),
+    ]
+    found = []
+    for product_dtype in (torch.float32, *([torch.int8] if product.int8_product_is_exact() else [])):
+        monkeypatch.setattr("zoray.update.factor_dtype", lambda device, dtype=product_dtype: dtype)
+        found.append(apply(directions, tensors, commits))
+        found.append(apply(directions, tensors, commits, block_elements=7))
+        alone = {name: tensor.clone() for name, tensor in tensors.items()}
+        for commit in commits:
+            apply_commits(directions, whole(alone, directions), [commit])
+        found.append(alone)
+    for each in found[1:]:
+        assert_same(each, found[0])
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

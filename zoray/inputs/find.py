@@ -51,7 +51,7 @@ def random_texts(model: Any, seed: int) -> dict[str, torch.Tensor]:
             where="direction",
             advice=_ADVICE,
         ) from error
-    words = _words(seed, 0, POOL * _LENGTH) % np.uint64(vocabulary)
+    words = _words(seed, 0, TOKENS) % np.uint64(vocabulary)
     tokens = torch.from_numpy(words.astype(np.int64)).view(POOL, _LENGTH)
     end = getattr(settings, "eos_token_id", None)
     if getattr(model.config, "is_encoder_decoder", False) and isinstance(end, int):

@@ -199,7 +199,7 @@ def _finding(model: nn.Module) -> int:
     called = (module for module in model.modules() if not isinstance(module, nn.Embedding) and module is not head)
     modules = [list(module.parameters(recurse=False)) for module in called]
     widest = max(max(p.shape) for parameters in modules for p in parameters if p.dim() == 2)
-    # Of experts in one tensor, one at a time.
+    # Of experts in one tensor, one at a time, as most models have it.
     largest = max(sum(p[0].numel() if p.dim() > 2 else p.numel() for p in parameters) for parameters in modules)
     return 8 * (largest + 8 * TOKENS * widest)
 
