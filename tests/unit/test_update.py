@@ -145,12 +145,8 @@ def test_negative_zeros_are_the_same_on_every_path(
     """A factor of inputs may be 0, and then so is S, whose sign no product may tell: pruned weights are -0.0."""
     tensors = {name: torch.full(shape, -0.0, dtype=dtype) for name, shape in SHAPES.items()}
     directions = directions_for(tensors, kind)
-    commits = [
-        commit_of(0, [-3], 2.0**-9),
-        commit_of(1, [], 0.0, 0.5),
-        commit_of(2, [5], 2.0**-30),
-        commit_of(3, [9, -9]),
-    ]
+    # In a group with the second, which has no direction, the first is no outer product; by itself it is one.
+    commits = [commit_of(0, [-3], 2.0**-9), commit_of(1, [], 0.0, 0.5)]
     found = []
     for product_dtype in (torch.float32, *([torch.int8] if product.int8_product_is_exact() else [])):
         monkeypatch.setattr("zoray.update.factor_dtype", lambda device, dtype=product_dtype: dtype)
@@ -162,6 +158,8 @@ def test_negative_zeros_are_the_same_on_every_path(
         found.append(alone)
     for each in found[1:]:
         assert_same(each, found[0])
+    if kind == "inputs":
+        assert any(bool((tensor == 0).any()) for tensor in found[0].values()), "or nothing is shown"
 
 
 @pytest.fixture
