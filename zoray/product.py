@@ -34,16 +34,14 @@ def integer_product(left: torch.Tensor, right: torch.Tensor, largest: int = 127)
         largest: such that largest * terms < 2^31.
 
     Returns:
-        int32 or float32 (rows, cols) of integers; the latter are below 2^24 in magnitude, and none is -0.0.
+        int32 or float32 (rows, cols) of integers; the latter are below 2^24 in magnitude.
     """
     # A single row or column has ambiguous strides, which torch's int8 kernel misreads; there is nothing to gain there.
     if left.dtype == torch.int8 and left.shape[0] > 1 and right.shape[1] > 1 and len(right):
         return torch._int_mm(left.contiguous(), right)
     count = (1 << 24) // largest - 1
     if len(right) <= count:
-        total = left.float() @ right.float()
-        # A sum of zeros is -0.0 or 0.0 as the kernel has it; integers know only one.
-        return total if largest == 127 else total.add_(0.0)
+        return left.float() @ right.float()
     total = torch.zeros(left.shape[0], right.shape[1], dtype=torch.int32, device=left.device)
     for start in range(0, len(right), count):
         part = slice(start, start + count)

@@ -34,8 +34,7 @@ DEVICE_BLOCK_ELEMENTS = 1 << 23
 """The same on an accelerator, where starting the kernels for a small block takes longer than they do."""
 
 Signs = npt.NDArray[np.int8]
-_Outer = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""-eta S as two factors, and the rows, or columns, where the mixed one of them is 0."""
+_Outer = tuple[torch.Tensor, torch.Tensor]
 
 _GROUP_TERMS = 1024
 _PACKED_BYTES = 64 << 20
@@ -163,8 +162,7 @@ class _Sums:
             return
         limited = spec.name in self.directions.coverage.limits
         one_each = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
-        # An accelerator would have to wait for the places of a mixed factor's zeros.
-        single = one_each and not limited and (spec.mixed is None or device.type == "cpu")
+        single = one_each and not limited
         dtype = torch.float32 if single else factor_dtype(device)
         right, mixed = None, None
         if spec.rank:
@@ -172,6 +170,8 @@ class _Sums:
             mixed = self._mixed(spec, "rows") if spec.mixed == "rows" else None
         else:
             block_elements = min(block_elements, max(1, _PACKED_BYTES // max(1, len(self.addresses))))
+        if spec.mixed is not None:
+            _drop_signs_of_zeros(shard.values)
         for block in _blocks(shard, block_elements):
             left, across = self._factors(block, right, mixed, dtype)
             updates: Iterator[torch.Tensor | _Outer] = self._sums(left, across, spec)
@@ -236,13 +236,11 @@ class _Sums:
         """
         scales = torch.tensor(etas, dtype=torch.float32, device=left.device).neg_()[:, None]
         if spec.mixed is None:
-            return ((a, b, None) for a, b in zip((left * scales)[:, :, None], right[:, None, :], strict=True))
+            return zip((left * scales)[:, :, None], right[:, None, :], strict=True)
         # Their c_k is on the signs so far.
         c = torch.from_numpy(self.coefficients).to(left)[:, None]
-        signs, values = (left / c, right * c) if spec.mixed == "cols" else (right / c, left * c)
-        zeros = [(each == 0).nonzero()[:, 0] for each in values]
-        left, right = (signs, values * scales) if spec.mixed == "cols" else (values * scales, signs)
-        return zip(left[:, :, None], right[:, None, :], zeros, strict=True)
+        left, right = (left / c, right * c * scales) if spec.mixed == "cols" else (left * c * scales, right / c)
+        return zip(left[:, :, None], right[:, None, :], strict=True)
 
     def _signs(self, start: int, piece_bytes: int, pieces: int, first: int, count: int) -> Signs:
         """Signs first..first+count-1 of each of `pieces` adjacent pieces, int8 (terms, pieces, count)."""
@@ -278,24 +276,25 @@ def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Out
     mask = directions.coverage.mask(spec, exact)
     if commit.decay != 1.0:
         exact.mul_(commit.decay)
+    if spec.mixed is not None and (commit.decay != 1.0 or values.dtype != torch.float32):
+        # Tiny weights have become zeros; a sum or difference in float32 makes no -0.0 out of others.
+        _drop_signs_of_zeros(exact)
     if isinstance(update, torch.Tensor):
         change = _float32(update).mul_(eta)
         exact.sub_(change if mask is None else change.mul_(mask))
     else:
-        _add_outer(exact, *update, dim=0 if spec.mixed == "rows" else 1)
+        exact.addcmul_(*update)
     if values.dtype != torch.float32:
         key = rounding_key(directions.run_seed, commit.step, spec.name)
         values.copy_(stochastic_round(exact, values.dtype, key, block.row * spec.cols + block.col))
 
 
-def _add_outer(
-    exact: torch.Tensor, left: torch.Tensor, right: torch.Tensor, zeros: torch.Tensor | None, dim: int
-) -> None:
-    """exact += left right. What a zero is added to stays as it is, -0.0 too, as it does where S is 0 and subtracted."""
-    still = None if zeros is None else exact.index_select(dim, zeros)
-    exact.addcmul_(left, right)
-    if zeros is not None and still is not None:
-        exact.index_copy_(dim, zeros, still)
+def _drop_signs_of_zeros(weights: torch.Tensor) -> None:
+    """Makes 0.0 of -0.0. Where a mixed factor is 0, S is a zero whose sign depends on how it is computed.
+
+    Added to 0.0 it changes nothing, to -0.0 it would.
+    """
+    weights.add_(0.0)
 
 
 def _float32(total: torch.Tensor) -> torch.Tensor:

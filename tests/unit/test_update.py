@@ -138,15 +138,17 @@ def test_sums_beyond_the_integers_of_float32_are_rounded_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero", [-0.0, -1e-45])
 @pytest.mark.parametrize("kind", ["rank", "inputs"])
 def test_negative_zeros_are_the_same_on_every_path(
-    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: str, zero: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A factor of inputs may be 0, and then so is S, whose sign no product may tell: pruned weights are -0.0."""
-    tensors = {name: torch.full(shape, -0.0, dtype=dtype) for name, shape in SHAPES.items()}
+    tensors = {name: torch.full(shape, zero, dtype=dtype) for name, shape in SHAPES.items()}
     directions = directions_for(tensors, kind)
     # In a group with the second, which has no direction, the first is no outer product; by itself it is one.
-    commits = [commit_of(0, [-3], 2.0**-9), commit_of(1, [], 0.0, 0.5)]
+    # The first makes -0.0 of the smallest weights.
+    commits = [commit_of(0, [], 0.0, 0.5), commit_of(1, [-3], 2.0**-9), commit_of(2, [], 0.0, 0.5)]
     found = []
     for product_dtype in (torch.float32, *([torch.int8] if product.int8_product_is_exact() else [])):
         monkeypatch.setattr("zoray.update.factor_dtype", lambda device, dtype=product_dtype: dtype)
