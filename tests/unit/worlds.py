@@ -45,7 +45,8 @@ def run_worlds(folder: Path, setting: str, environments: Sequence[Mapping[str, s
         environments: what each process's has besides.
     """
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.unit.shards"]
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    common = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     meetings = {f"{backend}-{size}": Meeting("127.0.0.1") for backend, size in shards.SETTINGS[setting].worlds}
     (folder / "places.json").write_text(json.dumps({name: meeting.place for name, meeting in meetings.items()}))
     logs = [folder / f"log-{rank}" for rank in range(len(environments))]

@@ -223,8 +223,9 @@ class Zero3(Memory):
 def _as_on_a_processor() -> Iterator[None]:
     """What a model computes and draws while it is loaded is made by the processor, as for a resident replica.
 
-    DeepSpeed would have an accelerator make its buffers and its new weights. Their last bits and its random numbers are
-    others, so the base model would be another than that of replicas elsewhere and of `zoray verify`.
+    DeepSpeed would have an accelerator make its buffers and its new weights, and would make those in bfloat16 that it
+    wants in float32, such as the frequencies of rotary positions. Their bits and its random numbers are others, so the
+    base model would be another than that of replicas elsewhere and of `zoray verify`.
     """
     from deepspeed.runtime.zero import partition_parameters as parameters
     from transformers import PreTrainedModel
@@ -244,15 +245,15 @@ def _as_on_a_processor() -> Iterator[None]:
                 values.copy_(tensor.data)
                 tensor.data = values
 
-    device = parameters.DeepSpeedTensorOverride.device
-    # The default of an argument of `zero.Init`, which transformers calls without it.
-    parameters.DEFAULT_TENSOR_OVERRIDES.remove(device)
+    # The default of an argument of `zero.Init`, which transformers calls without it, but with its own default dtype.
+    overrides = list(parameters.DEFAULT_TENSOR_OVERRIDES)
+    parameters.DEFAULT_TENSOR_OVERRIDES.clear()
     hub._initialize_weights = there
     try:
         yield
     finally:
         hub._initialize_weights = initialize
-        parameters.DEFAULT_TENSOR_OVERRIDES.append(device)
+        parameters.DEFAULT_TENSOR_OVERRIDES.extend(overrides)
 
 
 def _deepspeed(sharding: Sharding) -> None:
