@@ -251,7 +251,8 @@ def selections(world: World) -> None:
     for selection in (SmallWeights(0.7), Rotation(2, 1)):
         for dtype in DTYPES:
             make = partial(Odd, getattr(torch, dtype))
-            resident, sharded = Replica(make(), 7, selection=selection), world.replica(make(), selection=selection)
+            resident = Replica(make().to(world.device), 7, selection=selection)
+            sharded = world.replica(make(), selection=selection)
             assert sharded.directions.coverage == resident.directions.coverage
             assert sharded.directions.identity == resident.directions.identity != resident.layout.identity
             resident.apply(COMMITS)
@@ -260,7 +261,7 @@ def selections(world: World) -> None:
             assert_same(world, sharded, resident)
         # Forwards gather whole parameters, whatever they are gathered from; two processes tell that.
         for kind, dtype in (("gpt2", "float32"), ("llama", "bfloat16")) if world.size < 3 else ():
-            twin = Replica(loaded(world.models / kind, dtype), 7, selection=selection)
+            twin = Replica(world.twin(kind, dtype), 7, selection=selection)
             _steps(world, world.replica(world.load(kind, dtype), selection=selection), twin)
 
 
