@@ -167,7 +167,7 @@ def aggregate(
         noise = share_of_noise([gradients[k] for k in counted], [table[k, 0].contrast for k in counted])
     state = optimizer.initial() if state is None else state
     if losses:
-        update = optimizer.update(state, step, bounded, noise, table[0, 0].curvature)
+        update = optimizer.update(state, step, bounded, noise, table[0, 0].curvature, mean(losses))
     else:
         update = optimizer.idle(state, step, directions)
     coefficients, scale = _quantise([weight for *_, weight in update.terms])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from zoray.aggregate import Aggregate, ProbeResult, aggregate
 from zoray.aggregate import commit as committed
 from zoray.commits import Commit, float32
-from zoray.errors import ConfigError, NumericsError, ZorayError
+from zoray.errors import ConfigError, LedgerError, NumericsError, ZorayError
 from zoray.optim import SGD, Optimizer, Width
+from zoray.optim.brake import RELEASED, BrakeState, watched
 from zoray.optim.curvature import CurvatureState, added, cautious
 from zoray.optim.noise import ASSUMED, LEAST, UNTOLD, heard
 from zoray.optim.optimizer import FORGOTTEN, OptimizerState
@@ -240,6 +242,54 @@ def test_one_loud_step_does_not_say_what_is_signal(noise: float) -> None:
     for _ in range(200):
         loud = heard(loud, 1.0, 0.9)
     assert loud.share == pytest.approx(0.1, rel=0.4)
+
+
+def test_a_loss_that_rises_halves_the_steps_and_chance_does_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.1 * torch.randn(4000, generator=generator)).tolist()
+
+    def factors(level: Callable[[int], float], steps: int) -> list[float]:
+        state, found = RELEASED, []
+        for step in range(steps):
+            state = watched(state, level(step) + noise[step])
+            found.append(state.factor)
+        return found
+
+    assert set(factors(lambda step: 2.0, 1000)) == {1.0}
+    assert set(factors(lambda step: 2.0 - step / 1000, 1000)) == {1.0}
+    astray = factors(lambda step: 2.0 + max(0, step - 300) / 100, 600)
+    assert set(astray[:300]) == {1.0} and astray[360] < 1 and astray[-1] < astray[400]
+    # A higher level that does not rise any more is a new one.
+    jumped = factors(lambda step: 2.0 + (step > 300), 600)
+    assert jumped[-1] == jumped[400] < 1
+    # The lowest is remembered: what was gained and is lost again counts too.
+    assert factors(lambda step: 2.0 - min(step, 600 - step) / 300, 600)[-1] < 1
+
+
+def test_losses_that_say_nothing() -> None:
+    state = watched(RELEASED, 2.0)
+    assert state == BrakeState(2.0, 2.0, 2.0, 0.0, 1, 1.0)
+    for loss in (math.nan, math.inf, 1e30):
+        assert watched(state, loss) == state
+
+
+def test_a_run_whose_loss_has_risen_takes_shorter_steps() -> None:
+    """Also after it was resumed."""
+    state, etas = CURVED.initial(), []
+    for step in range(200):
+        results = [ProbeResult(step, k, 0, 1.0, 1.0 + step // 100, 1.0) for k in range(2)]
+        decided = committed(step, results, learning_rate=1, optimizer=CURVED, state=state)
+        state = CURVED.after(state, Commit.decode(decided.encode(), bytes(32)))
+        etas.append(decided.eta)
+    assert state == CURVED.restore([decided]) and state.brake.factor < 1
+    assert etas[-1] == pytest.approx(etas[99] * state.brake.factor, rel=0.1)
+
+
+def test_a_commit_of_a_version_that_knew_less_is_refused() -> None:
+    results = [ProbeResult(0, k, 0, 1.0, 1.0, 1.0) for k in range(2)]
+    decided = committed(0, results, learning_rate=1, optimizer=CURVED)
+    with pytest.raises(LedgerError, match="step 0 says less of the curvature"):
+        CURVED.restore([replace(decided, notes=decided.notes[:5])])
 
 
 def test_a_curvature_that_was_not_measured_is_missed() -> None:

@@ -17,7 +17,8 @@ from itertools import islice
 from typing import Literal, get_args
 
 from zoray.commits import Commit, float32
-from zoray.errors import ConfigError, NumericsError
+from zoray.errors import ConfigError, LedgerError, NumericsError
+from zoray.optim.brake import RELEASED, BrakeState, watched
 from zoray.optim.curvature import UNKNOWN, CurvatureState, added, cautious
 from zoray.optim.noise import ASSUMED, UNTOLD, SignalState, heard
 from zoray.optim.shaping import SHAPINGS, Shaping, deviation, mean_square, shaped
@@ -26,6 +27,9 @@ from zoray.optim.width import Width, WidthState
 Normalize = Literal["none", "loss_deviation", "second_moment", "curvature"]
 
 _REMEMBERING = ("second_moment", "curvature")
+
+_CURVED_NOTES = 11
+"""Numbers in a commit that tell the curvature, the share of signal and the brake."""
 
 FORGOTTEN = 0.05
 """A step that weighs less than this beside the newest is out of the momentum window, unless its length is given."""
@@ -50,12 +54,14 @@ class OptimizerState:
         width: how many directions the next step has, where that is adaptive.
         curvature: the curvature of the loss, where it is measured.
         signal: how much of the projected gradients is signal, where the curvature is measured.
+        brake: whether the loss has risen, where the curvature is measured.
     """
 
     second_moment: float = 0.0
     seen: int = 0
     curvature: CurvatureState = UNKNOWN
     signal: SignalState = UNTOLD
+    brake: BrakeState = RELEASED
     past: tuple[Past, ...] = ()
     width: WidthState | None = None
 
@@ -66,7 +72,7 @@ class Update:
 
     Attributes:
         terms: (step, index, weight) of each direction: those of this step last, all of them, in order.
-        moment, seen, curvature, signal, width: the state of the same names after this step.
+        moment, seen, curvature, signal, brake, width: the state of the same names after this step.
     """
 
     terms: tuple[tuple[int, int, float], ...]
@@ -74,6 +80,7 @@ class Update:
     seen: int
     curvature: CurvatureState
     signal: SignalState
+    brake: BrakeState
     width: WidthState | None
 
 
@@ -91,7 +98,8 @@ class Optimizer:
             scalar where Adam has one for each parameter, as in MEAZO); "curvature", the curvature of the loss over K,
             which makes the learning rate a number without a unit, below 1 (`zoray.optim.curvature`), and, where a
             direction is probed on two rows or more, over the share of signal that these tell, in units of 0.1
-            (`zoray.optim.noise`); "none", nothing.
+            (`zoray.optim.noise`); there, a loss that rises halves all further steps (`zoray.optim.brake`). "none",
+            nothing.
         beta2: decay of the running means, which are corrected for their start at 0 as in Adam.
         momentum: mu of heavy-ball momentum, m <- mu m + g (as `torch.optim.SGD` has it, without dampening).
         nesterov: look ahead: the update is g + mu m.
@@ -162,6 +170,7 @@ class Optimizer:
         gradients: Sequence[float],
         disagreement: float = math.nan,
         curvature: float | None = None,
+        loss: float = math.nan,
     ) -> Update:
         """What the projected gradients of `step` come to.
 
@@ -171,6 +180,7 @@ class Optimizer:
             gradients: of each direction; nan for one that is left out, whose weight is 0. One at least is finite.
             disagreement: see `zoray.optim.width`.
             curvature: z'Hz as the step's first probe measured it; None if it has not.
+            loss: mean over the step's probes.
 
         Raises:
             NumericsError: the projected gradients are too large to be squared.
@@ -178,18 +188,19 @@ class Optimizer:
         finite = [k for k, gradient in enumerate(gradients) if not math.isnan(gradient)]
         counted = shaped([gradients[k] for k in finite], self.shaping)
         moment, seen = self._moment(state, counted)
-        curved, signal = state.curvature, state.signal
+        curved, signal, brake = state.curvature, state.signal, state.brake
         if self.wants_curvature and curvature is not None:
             curved = added(curved, curvature, self.beta2)
         divisor = self._divisor(counted, moment, seen)
         if self.wants_curvature:
+            brake = watched(brake, loss)
             square = mean_square([gradients[k] for k in finite])
             noise = disagreement * square
             if self.shaping == "centered":
                 # What the mean took away is neither.
                 square, noise = mean_square(counted), noise * (1 - 1 / len(finite))
             signal = heard(signal, square, noise)
-            divisor = cautious(curved, self.beta2) / len(gradients) * (ASSUMED / signal.share)
+            divisor = cautious(curved, self.beta2) / len(gradients) * (ASSUMED / signal.share) / brake.factor
         weights = [0.0] * len(gradients)
         for k, weight in zip(finite, counted, strict=True):
             weights[k] = weight / divisor if divisor else 0.0
@@ -205,12 +216,12 @@ class Optimizer:
         width = state.width
         if self.width is not None and width is not None:
             width = self.width.next(width, disagreement)
-        return Update(tuple(terms), moment, seen, curved, signal, width)
+        return Update(tuple(terms), moment, seen, curved, signal, brake, width)
 
     def idle(self, state: OptimizerState, step: int, directions: int) -> Update:
         """A step without a finite probe: no direction counts, and everything stays as it was."""
         terms = tuple((step, k, 0.0) for k in range(directions))
-        return Update(terms, state.second_moment, state.seen, state.curvature, state.signal, state.width)
+        return Update(terms, state.second_moment, state.seen, state.curvature, state.signal, state.brake, state.width)
 
     def notes(self, update: Update, scale: float) -> tuple[float, ...]:
         """What the commit of an update keeps for `after`, beside its terms; float32 each.
@@ -222,14 +233,14 @@ class Optimizer:
         if self.normalize == "second_moment":
             notes += (update.moment, float(update.seen))
         if self.wants_curvature:
-            notes += update.curvature.notes + update.signal.notes
+            notes += update.curvature.notes + update.signal.notes + update.brake.notes
         return notes + (update.width.notes if update.width is not None else ())
 
     def after(self, state: OptimizerState, commit: Commit) -> OptimizerState:
         """The state after `commit`, from what the commit says alone: live and resumed runs go on alike."""
         notes = iter(commit.notes)
         moment, seen, past, width = state.second_moment, state.seen, state.past, state.width
-        curvature, signal = state.curvature, state.signal
+        curvature, signal, brake = state.curvature, state.signal, state.brake
         if self.momentum:
             unit = next(notes, 0.0)
             weights = tuple(unit * c for step, _, c in commit.terms if step == commit.step)
@@ -237,11 +248,16 @@ class Optimizer:
         if self.normalize == "second_moment":
             moment, seen = next(notes, moment), int(next(notes, seen))
         if self.wants_curvature:
+            if len(commit.notes) < _CURVED_NOTES:
+                what = f"step {commit.step} says less of the curvature than is needed to go on from it"
+                raise LedgerError(what, advice="go on with the version of Zoray that made it, or start a new run")
             mean, square, count = islice(notes, 3)
             curvature, signal = CurvatureState(mean, square, int(count)), SignalState(*islice(notes, 2))
+            recent, lowest, last, spread, count, factor = islice(notes, 6)
+            brake = BrakeState(recent, lowest, last, spread, int(count), factor)
         if self.width is not None:
             width = self.width.read(tuple(islice(notes, 2)))
-        return OptimizerState(moment, seen, curvature, signal, past, width)
+        return OptimizerState(moment, seen, curvature, signal, brake, past, width)
 
     @property
     def _own(self) -> float:
