@@ -16,7 +16,7 @@ from torch import nn
 
 from zoray.config import RunConfig, Zero3Memory
 from zoray.errors import ResourceError, ZorayError
-from zoray.identity import Identity, identify, ledger_header
+from zoray.identity import Identity, identify, ledger_header, texts_of
 from zoray.memory.shortage import explain, out_of_memory
 from zoray.memory.world import Meeting, form, lost_touch
 from zoray.models import Make, check_lengths, check_tokens, load_placed, load_tokenizer, selection
@@ -125,6 +125,7 @@ class ReplicaActor:
                 config.seed,
                 direction=config.direction.kind,
                 rank=config.direction.rank,
+                texts=texts_of(self.task, config),
                 signs=config.signs,
                 head=config.head,
                 estimator=config.estimator,

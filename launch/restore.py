@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from zoray.replica import Replica
+    from zoray.tasks import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,12 @@ def base_replica(config: RunConfig, ledger: Ledger) -> Replica:
     Raises:
         ModelError: the model cannot be loaded any more.
     """
+    from zoray.identity import recorded_texts
+
     labels = ledger.header["labels"]
     names = labels["id2label"] and {int(key): name for key, name in labels["id2label"].items()}
-    return replica_of(load(config, labels["num_labels"], names), config, int(ledger.header["run_seed"]))
+    model, seed = load(config, labels["num_labels"], names), int(ledger.header["run_seed"])
+    return replica_of(model, config, seed, recorded_texts(ledger.header))
 
 
 def load(config: RunConfig, num_labels: int | None, id2label: dict[int, str] | None) -> nn.Module:
@@ -98,8 +102,12 @@ def load(config: RunConfig, num_labels: int | None, id2label: dict[int, str] | N
     return load_model(config, num_labels=num_labels, id2label=id2label)
 
 
-def replica_of(model: nn.Module, config: RunConfig, run_seed: int) -> Replica:
-    """A replica of a loaded model, with the directions and paths the configuration asks for."""
+def replica_of(model: nn.Module, config: RunConfig, run_seed: int, texts: Batch | None) -> Replica:
+    """A replica of a loaded model, with the directions and paths the configuration asks for.
+
+    Args:
+        texts: that the run's inputs of layers were found with, where they were not random tokens.
+    """
     from zoray.models import selection
     from zoray.replica import Replica
 
@@ -108,6 +116,7 @@ def replica_of(model: nn.Module, config: RunConfig, run_seed: int) -> Replica:
         run_seed,
         direction=config.direction.kind,
         rank=config.direction.rank,
+        texts=texts,
         signs=config.signs,
         head=config.head,
         selection=selection(config),

@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zoray import __version__
 from zoray.config import BEFORE, RunConfig, mathematics
 from zoray.errors import LedgerError, RunError
 from zoray.proof import Verdict
 from zoray.replica import Replica
-from zoray.tasks import Task
+from zoray.tasks import Batch, Task
 
 LEDGER_FORMAT = 1
 
@@ -104,13 +106,26 @@ def config_digest(config: RunConfig) -> str:
 
 def ledger_header(config: RunConfig, identity: Identity, task: Task) -> dict[str, Any]:
     """The header of a new ledger: everything needed to tell whether a model, a configuration or data belong to it."""
+    texts = texts_of(task, config)
     return {
         "format": LEDGER_FORMAT,
         "run_seed": config.seed,
         "identity": _recorded(identity),
         "labels": {"num_labels": task.num_labels, "id2label": _string_keys(task.id2label)},
+        "texts": None if texts is None else {name: values.tolist() for name, values in texts.items()},
         "mathematics": mathematics(config),
     }
+
+
+def texts_of(task: Task, config: RunConfig) -> Batch | None:
+    """Arguments of a forward that tells the inputs of layers in a run; None if none is needed, or random tokens do."""
+    return task.texts(config.seed) if config.direction.kind == "inputs" else None
+
+
+def recorded_texts(header: Mapping[str, Any]) -> Batch | None:
+    """The same, of a ledger: weights are brought back without the data."""
+    texts = header.get("texts")
+    return texts and {name: torch.tensor(values) for name, values in texts.items()}
 
 
 def own_header(header: Mapping[str, Any], identity: Identity, config: RunConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tests.conftest import SENTENCES, make_model
 from zoray.aggregate import aggregate
 from zoray.config import RunConfig, load
 from zoray.config.yaml12 import dump_yaml
-from zoray.identity import header_digest, identify, ledger_header
+from zoray.identity import header_digest, identify, ledger_header, texts_of
 from zoray.ledger import Ledger
 from zoray.models import load_model, load_tokenizer, selection
 from zoray.protocol import EvalSums, Evaluation
@@ -122,7 +122,7 @@ def build_run(
     task = load_task(config, load_tokenizer(config))
     loaded = load_model(config, num_labels=task.num_labels, id2label=task.id2label)
     kinds: dict[str, Any] = {"direction": config.direction.kind, "rank": config.direction.rank}
-    kinds["selection"] = selection(config)
+    kinds |= {"selection": selection(config), "texts": texts_of(task, config)}
     replica = Replica(loaded, config.seed, signs=config.signs, head=config.head, **kinds)
     replica.prove(batch_for(task, config, 0, 0, 0), config.epsilon)
     header = ledger_header(config, identify(replica, task.digest, config), task)

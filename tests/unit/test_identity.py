@@ -38,6 +38,9 @@ class FakeTask:
     num_labels = 2
     id2label: ClassVar = {0: "bad", 1: "good"}
 
+    def texts(self, run_seed: int) -> None:
+        return None
+
 
 def config(**keys: Any) -> RunConfig:
     task = {"kind": "causal_lm", "train": "t"}

@@ -28,6 +28,10 @@ def loaded(folder: Path, **keys: Any) -> Any:
     return load_model(config(folder, **keys))
 
 
+def classifier(folder: Path, **keys: Any) -> Any:
+    return load_model(config(folder, "classification", **keys), num_labels=3)
+
+
 def signs(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).integers(0, 2, shape) * 2 - 1).astype(np.int8)
 
@@ -78,9 +82,9 @@ def test_all_of_it_is_computed_in_float64(
     """Or the last bits would be those of this machine's kernels, and now and then an integer another one."""
     seen: list[torch.Tensor] = []
 
-    def noted(inputs: torch.Tensor) -> np.ndarray:
+    def noted(inputs: torch.Tensor, mask: torch.Tensor | None) -> np.ndarray:
         seen.append(inputs.clone())
-        return _one_of_each(inputs)
+        return _one_of_each(inputs, mask)
 
     monkeypatch.setattr(find, "_one_of_each", noted)
     model = loaded(make_model(kind, tmp_path), dtype=dtype)
@@ -204,6 +208,58 @@ def test_embeddings_are_looked_up_as_they_are(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.double()(**texts).logits
     assert torch.allclose(logits, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("bert", "classifier"), ("gpt2", "score"), ("roberta", "classifier.out_proj")]
+)
+def test_of_what_a_classifier_s_head_is_given_the_mean_is_taken_off(kind: str, head: str, tmp_path: Path) -> None:
+    """Of that of no other layer, and of no language model's head."""
+    model, seen = classifier(make_model(kind, tmp_path)), dict[str, np.ndarray]()
+    for name in input_sides(model):
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: _one_of_each(args[0])}))
+    found = find_mixtures(model, random_texts(model, 3), 3)
+    for name, mixture in found.items():
+        rows = seen[name] * (1.6 / np.abs(seen[name]).mean(1, keepdims=True))
+        if name == f"{head}.weight":
+            rows = np.clip(rows, -7, 7)
+            rows -= rows.mean(0)
+            rows *= 1.6 / np.abs(rows).mean(1, keepdims=True)
+            assert np.abs(mixture.values.mean(0)).max() < 0.5
+        assert np.abs(mixture.values - np.clip(rows, -7, 7)).max() < 0.8, name
+    assert f"{head}.weight" in found
+
+
+def test_a_layer_with_a_frozen_head_behind_it_is_no_head(tmp_path: Path) -> None:
+    folder = make_model("gpt2", tmp_path)
+    every, attention = (classifier(folder, trainable=words) for words in ("full", "c_proj"))
+    texts = random_texts(every, 3)
+    found = find_mixtures(attention, texts, 3)
+    assert len(found) == 4
+    for name, mixture in find_mixtures(every, texts, 3).items():
+        assert name not in found or np.array_equal(mixture.values, found[name].values)
+
+
+def test_inputs_that_are_all_the_same_have_nothing_but_their_mean() -> None:
+    """What is left are last bits of sums."""
+    same = np.tile(np.random.default_rng(0).standard_normal(40), (POOL, 1))
+    assert set(np.unique(Mixture.of(same, signs((POOL, 40)), centred=True).values)) == {-2, 2}
+    assert len(np.unique(Mixture.of(same, signs((POOL, 40))).values)) > 3
+
+
+@settings(max_examples=20)
+@given(padding=st.integers(1, 5), left=st.booleans())
+def test_padding_is_no_input(padding: int, left: bool) -> None:
+    inputs, mask = torch.randn(POOL, 6, 20), torch.ones(POOL, 6, dtype=torch.long)
+    inputs[:, :padding] = 9.0
+    mask[:, :padding] = 0
+    if not left:
+        inputs, mask = inputs.flip(1), mask.flip(1)
+    expected = inputs[:, -1 if left else -1 - padding].double().numpy()
+    np.testing.assert_array_equal(_one_of_each(inputs, mask), expected)
+    # Rows that are not those of the texts' tokens are taken as they come.
+    np.testing.assert_array_equal(_one_of_each(inputs[:, :3], mask), inputs[:, 2].double().numpy())
 
 
 class Picky(nn.Module):

@@ -10,8 +10,17 @@ LoRA-FA (Zhang et al. 2023, arXiv 2308.03303) and EVA (Paischer et al. 2024, arX
 activations; K-FAC (Martens and Grosse 2015, arXiv 1503.05671) scales gradients by their second moment.
 """
 
-from zoray.inputs.find import TOKENS, find_mixtures, random_texts
+from zoray.inputs.find import RANDOM_TOKENS, TEXT_TOKENS, find_mixtures, random_texts
 from zoray.inputs.layers import input_sides
 from zoray.inputs.mixture import LARGEST_MIXED, POOL, Mixture
 
-__all__ = ["LARGEST_MIXED", "POOL", "TOKENS", "Mixture", "find_mixtures", "input_sides", "random_texts"]
+__all__ = [
+    "LARGEST_MIXED",
+    "POOL",
+    "RANDOM_TOKENS",
+    "TEXT_TOKENS",
+    "Mixture",
+    "find_mixtures",
+    "input_sides",
+    "random_texts",
+]

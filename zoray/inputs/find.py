@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -14,15 +14,15 @@ from torch import nn
 
 from zoray.errors import ConfigError, ModelError
 from zoray.exact import in_float64
-from zoray.inputs.layers import watched
+from zoray.inputs.layers import is_linear, watched
 from zoray.inputs.mixture import POOL, Mixture
 from zoray.partitioned import shape_of
 
-_LENGTH = 4
-"""Tokens of each text; the last one's inputs are taken, which have seen the others."""
+RANDOM_TOKENS = 4
+"""Tokens of each random text; the last one's inputs are taken, which have seen the others."""
 
-TOKENS = POOL * _LENGTH
-"""Of all texts."""
+TEXT_TOKENS = 16
+"""Tokens of each text of the training data: a classifier sums up all of them."""
 
 _DOMAIN = 0x5A6F_7261_7902
 """Second half of the Philox key, as in `zoray.directions`."""
@@ -51,8 +51,8 @@ def random_texts(model: Any, seed: int) -> dict[str, torch.Tensor]:
             where="direction",
             advice=_ADVICE,
         ) from error
-    words = _words(seed, 0, TOKENS) % np.uint64(vocabulary)
-    tokens = torch.from_numpy(words.astype(np.int64)).view(POOL, _LENGTH)
+    words = _words(seed, 0, POOL * RANDOM_TOKENS) % np.uint64(vocabulary)
+    tokens = torch.from_numpy(words.astype(np.int64)).view(POOL, RANDOM_TOKENS)
     end = getattr(settings, "eos_token_id", None)
     if getattr(model.config, "is_encoder_decoder", False) and isinstance(end, int):
         tokens[tokens == end] = (end + 1) % vocabulary
@@ -65,9 +65,15 @@ def find_mixtures(
 ) -> dict[str, Mixture]:
     """What each trained linear layer is given in a forward, the same bits on every machine.
 
+    Of a model that is no language model, the linear layer that is called last is its head. What the head is given has
+    so much in common, as a rule, that sums of it are mostly that, and move all classes of all examples at once: by
+    that, a probe measures how often each class is in its batch. The head's bias is there for it, so the mean is taken
+    off what the head is given.
+
     Args:
         model: with the weights the run begins with; they are not changed.
-        texts: arguments of a forward of `POOL` rows.
+        texts: arguments of a forward of `POOL` rows. Of each text, the last token is taken that its `attention_mask`
+            does not hide, if there is one.
         seed: stands in for inputs of layers that are given fewer.
         wanted: names of weights; by default all that `input_sides` names.
 
@@ -78,9 +84,8 @@ def find_mixtures(
         ModelError: the model takes other arguments, or cannot compute in float64.
     """
     layers = {name: (module, side) for name, module, side in watched(model) if wanted is None or name in wanted}
-    made: dict[str, Mixture] = {}
     if not layers:
-        return made
+        return {}
     missing = {}
     for number, (name, (module, side)) in enumerate(sorted(layers.items())):
         weight = module._parameters["weight"]
@@ -90,9 +95,9 @@ def find_mixtures(
     device = next(model.parameters()).device
     given = {name: value.to(device) for name, value in texts.items()}
     given = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
-    modules = {name: module for name, (module, _) in layers.items()}
+    found = _Found(model, {module: name for name, (module, _) in layers.items()}, missing, given.get("attention_mask"))
     try:
-        with suppress(_Enough), torch.no_grad(), _watching(model, modules, missing, made), in_float64(model):
+        with suppress(_Enough), torch.no_grad(), found.watching(), in_float64(model):
             model(**given)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
@@ -103,9 +108,7 @@ def find_mixtures(
             where="direction",
             advice=_ADVICE,
         ) from error
-    for name in missing.keys() - made.keys():
-        made[name] = Mixture.of(np.zeros((0, 0)), missing[name]())
-    return made
+    return found.mixtures()
 
 
 def _words(seed: int, number: int, count: int) -> npt.NDArray[np.uint64]:
@@ -123,40 +126,79 @@ def _signs(seed: int, number: int, features: int) -> npt.NDArray[np.int8]:
     return signs
 
 
-@contextmanager
-def _watching(
-    model: Any, modules: Mapping[str, nn.Module], missing: Mapping[str, Any], made: dict[str, Mixture]
-) -> Iterator[None]:
-    """Keeps what each module is given first, and breaks off when all have been given something, or at the head."""
+class _Found:
+    """What a model's linear layers are given first, in one forward.
 
-    def keep(name: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if name not in made:
-            made[name] = Mixture.of(_one_of_each(next(iter((*args, *named.values())))), missing[name]())
-        if len(made) == len(modules) or module is head:
+    Args:
+        names: of the modules that are wanted.
+        missing: by name, signs in place of inputs that are 0 or not there.
+        mask: `attention_mask` of the texts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        names: Mapping[nn.Module, str],
+        missing: Mapping[str, Callable[[], npt.NDArray[np.int8]]],
+        mask: torch.Tensor | None,
+    ) -> None:
+        self._model, self._names, self._missing, self._mask = model, names, missing, mask
+        self._output = getattr(model, "get_output_embeddings", lambda: None)()
+        self._made: dict[str, Mixture] = {}
+        self._latest: tuple[str, npt.NDArray[np.float64]] | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Break the forward off when all is known: of a language model, before its head at the latest."""
+        called = [module for module in self._model.modules() if module in self._names or is_linear(module)]
+        hooks = [
+            # Before those that bring the module's weights in.
+            module.register_forward_pre_hook(self._keep, with_kwargs=True, prepend=True)
+            for module in (*called, *([] if self._output is None or self._output in called else [self._output]))
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def mixtures(self) -> dict[str, Mixture]:
+        """By name of the weight, of all that were wanted."""
+        if self._latest is not None:
+            name, inputs = self._latest
+            self._made[name] = Mixture.of(inputs, self._missing[name](), centred=True)
+        for name in self._missing.keys() - self._made.keys():
+            self._made[name] = Mixture.of(np.zeros((0, 0)), self._missing[name]())
+        return self._made
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if self._latest is not None:
+            # Another one is called after it, so it is no head.
+            name, inputs = self._latest
+            self._made[name], self._latest = Mixture.of(inputs, self._missing[name]()), None
+        name = self._names.get(module, "")
+        if name and name not in self._made:
+            inputs = _one_of_each(next(iter((*args, *named.values()))), self._mask)
+            if self._output is None:
+                self._latest = name, inputs
+            else:
+                self._made[name] = Mixture.of(inputs, self._missing[name]())
+        if self._output is not None and (len(self._made) == len(self._names) or module is self._output):
             raise _Enough
 
-    def stop(module: nn.Module, args: object) -> None:
-        raise _Enough
 
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    hooks = [
-        # Before those that bring the module's weights in.
-        module.register_forward_pre_hook(partial(keep, name), with_kwargs=True, prepend=True)
-        for name, module in modules.items()
-    ]
-    if head is not None and head not in modules.values():
-        hooks.append(head.register_forward_pre_hook(stop, prepend=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _one_of_each(inputs: torch.Tensor, mask: torch.Tensor | None = None) -> npt.NDArray[np.float64]:
+    """The last token's of each text; of a module that is given some tokens only, such as an expert, the first ones.
 
-
-def _one_of_each(inputs: torch.Tensor) -> npt.NDArray[np.float64]:
-    """The last token's of each text; of a module that is given some tokens only, such as an expert, the first ones."""
+    Args:
+        inputs: (..., features).
+        mask: (POOL, tokens), 0 where there is no token.
+    """
     flat = inputs.flatten(0, -2)
-    if len(flat) and len(flat) % POOL == 0:
+    if mask is not None and len(flat) == mask.numel():
+        last = (mask != 0).long().mul(torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        flat = flat.view(*mask.shape, -1)[torch.arange(len(mask), device=mask.device), last]
+    elif len(flat) and len(flat) % POOL == 0:
         flat = flat.view(POOL, -1, flat.shape[-1])[:, -1]
     kept: npt.NDArray[np.float64] = flat[:POOL].double().cpu().numpy()
     return kept

@@ -26,6 +26,9 @@ SIGNS = 8
 LARGEST_MIXED = TERMS * LARGEST + SIGNS
 """Magnitude of a factor's integers, which fit int8."""
 
+_NOTHING = 2.0**-16
+"""Mean magnitude of what is no input any more once the mean is taken off, of inputs of `_TYPICAL`."""
+
 _TYPICAL = 1.6
 """What the mean magnitude of an input becomes: of normal ones, one standard deviation is then 2."""
 
@@ -41,7 +44,7 @@ class Mixture:
     values: npt.NDArray[np.int8]
 
     @classmethod
-    def of(cls, inputs: npt.NDArray[np.float64], missing: npt.NDArray[np.int8]) -> Mixture:
+    def of(cls, inputs: npt.NDArray[np.float64], missing: npt.NDArray[np.int8], *, centred: bool = False) -> Mixture:
         """From inputs as they are.
 
         Each is divided by about its mean magnitude, and what is far above that is cut off: attention sinks have inputs
@@ -50,15 +53,17 @@ class Mixture:
         Args:
             inputs: (count, features), count <= POOL.
             missing: signs (POOL, features), which stand for the inputs that are 0 or not there.
+            centred: take off what they have in common, once they are as large as each other.
         """
+        if centred and len(inputs) > 1:
+            alike = np.array([row if (scaled := _scaled(row)) is None else scaled for row in inputs])
+            inputs = alike - alike.mean(0)
+            # Of inputs that are the same, what is left is the last bits of a sum, which machines differ in.
+            inputs[np.abs(inputs).mean(1) < _NOTHING] = 0
         values = 2 * missing
         for number, row in enumerate(inputs):
-            mean = float(np.abs(row).mean())
-            if mean > 0 and np.isfinite(mean):
-                # To a few bits: machines differ in the last ones of a sum.
-                mantissa, exponent = np.frexp(_TYPICAL / mean)
-                scale = np.ldexp(np.round(mantissa * 64) / 64, exponent)
-                values[number] = np.clip(np.rint(row * scale), -LARGEST, LARGEST)
+            if (scaled := _scaled(row)) is not None:
+                values[number] = np.rint(scaled)
         return cls(values)
 
     @cached_property
@@ -103,3 +108,15 @@ class Mixture:
     def digest(self) -> str:
         """Digest (hex) of the values."""
         return hashlib.sha256(self.values.tobytes()).hexdigest()
+
+
+def _scaled(row: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+    """An input, of a mean magnitude that suits the integers, and cut off at theirs; None of one that is 0."""
+    mean = float(np.abs(row).mean())
+    if not (mean > 0 and np.isfinite(mean)):
+        return None
+    # To a few bits: machines differ in the last ones of a sum.
+    mantissa, exponent = np.frexp(_TYPICAL / mean)
+    scale = np.ldexp(np.round(mantissa * 64) / 64, exponent)
+    cut: npt.NDArray[np.float64] = np.clip(row * scale, -LARGEST, LARGEST)
+    return cut

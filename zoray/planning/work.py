@@ -18,7 +18,7 @@ from zoray.coverage import EVERYTHING, Coverage
 from zoray.digest import tensor_digest
 from zoray.errors import ModelError, ZorayError
 from zoray.estimators import ESTIMATORS
-from zoray.inputs import POOL, TOKENS, Mixture, input_sides
+from zoray.inputs import POOL, RANDOM_TOKENS, TEXT_TOKENS, Mixture, input_sides
 from zoray.layout import Layout, ParamSpec, make_layout, trainable_parameters
 from zoray.memory.units import make_plan
 from zoray.models import blank_model, check_lengths, selection
@@ -201,7 +201,7 @@ def _finding(model: nn.Module) -> int:
     widest = max(max(p.shape) for parameters in modules for p in parameters if p.dim() == 2)
     # Of experts in one tensor, one at a time, as most models have it.
     largest = max(sum(p[0].numel() if p.dim() > 2 else p.numel() for p in parameters) for parameters in modules)
-    return 8 * (largest + 8 * TOKENS * widest)
+    return 8 * (largest + 8 * POOL * (TEXT_TOKENS if head is None else RANDOM_TOKENS) * widest)
 
 
 def _coverage(config: RunConfig, layout: Layout) -> Coverage:

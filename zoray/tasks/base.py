@@ -96,6 +96,13 @@ class Task(ABC):
         """Mean tokens of a training example, padding not counted."""
         return float(self._train.facts["tokens"] / self.train_size)
 
+    def texts(self, run_seed: int) -> Batch | None:
+        """Training examples, without labels, whose forward tells the inputs of layers (see `zoray.inputs`).
+
+        None where a language model is trained as such: random tokens do as well for it.
+        """
+        return None
+
     def batch(self, sample_ids: npt.NDArray[np.int64] | Sequence[int]) -> Batch:
         """The training examples of those indices, in that order."""
         return self._collate(self._train, [int(each) for each in sample_ids])

@@ -10,7 +10,9 @@ import torch
 
 from zoray.config import ClassificationTask, RunConfig
 from zoray.errors import ConfigError, DataError
+from zoray.inputs import POOL, TEXT_TOKENS
 from zoray.tasks.base import Batch, Task, padding_id, require_examples
+from zoray.tasks.sampler import sample_ids
 from zoray.tasks.source import DataFile, find_files, read_rows
 from zoray.tasks.store import Facts, TokenBatch, TokenStore, fingerprint, open_store
 
@@ -42,6 +44,12 @@ class Classification(Task):
         self._token_types = task.text_pair_column is not None and "token_type_ids" in tokenizer.model_input_names
         held_out = None if task.eval is None else _open_eval(task, tokenizer, labels, self.num_labels)
         super().__init__(config, train, held_out, padding_id(tokenizer))
+
+    def texts(self, run_seed: int) -> Batch:
+        """The first tokens of the first examples: what a new head is given has nothing of random tokens."""
+        order = {"directions": 1, "microbatches": 1, "batch_size": POOL}
+        batch = self.batch(sample_ids(run_seed, self.train_size, 0, 0, 0, **order))
+        return {name: values[:, :TEXT_TOKENS] for name, values in batch.items() if name != "labels"}
 
     def _collate(self, store: TokenStore, indices: Sequence[int]) -> Batch:
         batch = self._pad([store.tokens(i) for i in indices])
