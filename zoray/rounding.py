@@ -12,7 +12,7 @@ import struct
 
 import torch
 
-_MULTIPLIERS = (0x9E3779B1, 0x7FEB352D, 0x846CA68B)
+MULTIPLIERS = (0x9E3779B1, 0x7FEB352D, 0x846CA68B)
 
 
 def rounding_key(run_seed: int, step: int, name: str) -> int:
@@ -27,9 +27,9 @@ def random_words(key: int, start: int, count: int, device: torch.device | str = 
     A multiply-xorshift mixer in wrapping 32-bit arithmetic, which every device computes alike.
     """
     index = torch.arange(count, dtype=torch.int32, device=device)
-    words = index.mul_(_signed(_MULTIPLIERS[0])).add_(_signed(start * _MULTIPLIERS[0] + key))
-    for shift, multiplier in zip((15, 13), _MULTIPLIERS[1:], strict=True):
-        words = words.bitwise_xor_(words >> shift).mul_(_signed(multiplier))
+    words = index.mul_(signed(MULTIPLIERS[0])).add_(signed(start * MULTIPLIERS[0] + key))
+    for shift, multiplier in zip((15, 13), MULTIPLIERS[1:], strict=True):
+        words = words.bitwise_xor_(words >> shift).mul_(signed(multiplier))
     return words.bitwise_xor_(words >> 16)
 
 
@@ -56,6 +56,7 @@ def _truncate(values: torch.Tensor, words: torch.Tensor, bits: int) -> torch.Ten
     return torch.where(torch.isfinite(values), raised, values)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The 32-bit integer that has the low bits of `value`."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value >= 1 << 31 else value

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from zoray import fused
 from zoray.commits import Commit
 from zoray.directions import Bytes, Directions, unpack_signs
 from zoray.inputs import LARGEST_MIXED
@@ -30,7 +31,7 @@ from zoray.rounding import rounding_key, stochastic_round
 BLOCK_ELEMENTS = 1 << 19
 """Weights updated at a time: the block and its int32 sum stay in cache, also over a whole group of commits."""
 
-DEVICE_BLOCK_ELEMENTS = 1 << 23
+DEVICE_BLOCK_ELEMENTS = 1 << 25
 """The same on an accelerator, where starting the kernels for a small block takes longer than they do."""
 
 Signs = npt.NDArray[np.int8]
@@ -162,7 +163,7 @@ class _Sums:
             return
         limited = spec.name in self.directions.coverage.limits
         one_each = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
-        single = one_each and not limited
+        single = one_each and not limited and not fused.usable(device, shard.values.dtype)
         dtype = torch.float32 if single else factor_dtype(device)
         right, mixed = None, None
         if spec.rank:
@@ -271,6 +272,15 @@ def _factor(signs: Signs, device: torch.device, dtype: torch.dtype) -> torch.Ten
 def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Outer, directions: Directions) -> None:
     """One commit on one block; `update` is S, or the two factors of -eta S if all of the block's weights are moved."""
     values, spec = block.values, block.spec
+    start = block.row * spec.cols + block.col
+    if (
+        isinstance(update, torch.Tensor)
+        and spec.name not in directions.coverage.limits
+        and fused.usable(values.device, values.dtype)
+    ):
+        key = rounding_key(directions.run_seed, commit.step, spec.name)
+        fused.subtract(values, _float32(update), eta, commit.decay, -0.0 if spec.mixed is None else 0.0, key, start)
+        return
     exact = values.float()  # the weights themselves where they are float32
     # Before anything is done to them: the probes saw these.
     mask = directions.coverage.mask(spec, exact)
@@ -286,7 +296,7 @@ def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Out
         exact.addcmul_(*update)
     if values.dtype != torch.float32:
         key = rounding_key(directions.run_seed, commit.step, spec.name)
-        values.copy_(stochastic_round(exact, values.dtype, key, block.row * spec.cols + block.col))
+        values.copy_(stochastic_round(exact, values.dtype, key, start))
 
 
 def _drop_signs_of_zeros(weights: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.unit.helpers import bits, commit_of
+from zoray import fused
 from zoray.aggregate import commit
 from zoray.memory.streamed import Streamed, Streaming
 from zoray.replica import Replica
@@ -32,9 +33,11 @@ def model(dtype: torch.dtype, layers: int = 2, width: int = 64) -> torch.nn.Modu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("terms", [1, 64])
-def test_an_update_gives_the_processor_s_bits(dtype: torch.dtype, terms: int) -> None:
+@pytest.mark.parametrize("direction", ["rank", "inputs"])
+def test_an_update_gives_the_processor_s_bits(dtype: torch.dtype, terms: int, direction: Any) -> None:
     here = model(dtype)
-    one, other = Replica(here), Replica(copy.deepcopy(here).cuda())
+    one, other = (Replica(each, direction=direction) for each in (here, copy.deepcopy(here).cuda()))
+    assert one.directions.identity == other.directions.identity
     commits = [commit_of(step, [(37 * k + step) % 255 - 127 for k in range(terms)], eta=2.0**-17) for step in range(5)]
     one.apply(commits)
     other.apply(commits)
@@ -43,9 +46,18 @@ def test_an_update_gives_the_processor_s_bits(dtype: torch.dtype, terms: int) ->
         assert torch.equal(bits(mine.detach()), bits(theirs.detach().cpu()))
 
 
-def test_a_probe_agrees_with_the_processor_s_and_leaves_the_weights_alone() -> None:
+def test_bfloat16_weights_are_updated_in_one_pass() -> None:
+    """Where Triton cannot be used, the bits are the same; here it can."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert fused.gives_the_bits(device)
+    assert fused.usable(device, torch.bfloat16)
+    assert not fused.usable(device, torch.float32) and not fused.usable(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("direction", ["rank", "inputs"])
+def test_a_probe_agrees_with_the_processor_s_and_leaves_the_weights_alone(direction: Any) -> None:
     here = model(torch.float32)
-    one, other = Replica(here), Replica(copy.deepcopy(here).cuda())
+    one, other = (Replica(each, direction=direction) for each in (here, copy.deepcopy(here).cuda()))
     ids = torch.randint(1, 300, (4, 32), generator=torch.Generator().manual_seed(1))
     before = other.digest()
     for direction in range(4):
@@ -58,12 +70,18 @@ def test_a_probe_agrees_with_the_processor_s_and_leaves_the_weights_alone() -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("offload", ["cpu", "nvme"])
-def test_streamed_weights_give_the_resident_ones_bits(offload: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("offload", "direction"), [("cpu", "rank"), ("cpu", "inputs"), ("nvme", "rank"), ("nvme", "inputs")]
+)
+def test_streamed_weights_give_the_resident_ones_bits(
+    offload: Any, direction: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """Blocks large enough to be still on their way when they are wanted, several updates, and nothing in between."""
-    resident = Replica(model(dtype, 8, 1024).cuda(), 7)
+    resident = Replica(model(dtype, 8, 1024).cuda(), 7, direction=direction)
     streaming = Streaming(offload, tmp_path if offload == "nvme" else None, "cuda")
-    streamed = Replica(model(dtype, 8, 1024), 7, memory=partial(Streamed, streaming=streaming))
+    memory = partial(Streamed, streaming=streaming)
+    streamed = Replica(model(dtype, 8, 1024), 7, direction=direction, memory=memory)
+    assert streamed.directions.identity == resident.directions.identity
     ids = torch.randint(1, 300, (4, 64), generator=torch.Generator().manual_seed(1)).cuda()
     batch = {"input_ids": ids, "labels": ids}
     for step in range(6):
@@ -77,6 +95,20 @@ def test_streamed_weights_give_the_resident_ones_bits(offload: Any, dtype: torch
     assert streamed.base_digest() == resident.base_digest()
     for mine, theirs in zip(streamed.memory.shards(), resident.memory.shards(), strict=True):
         assert torch.equal(bits(mine.values.cpu()), bits(theirs.values.cpu())), mine.spec.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_inputs_of_layers_are_the_processor_s(attention: str, dtype: torch.dtype) -> None:
+    """Wide enough that float32 sums would differ."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 8}
+    shape = LlamaConfig(vocab_size=301, attn_implementation=attention, **sizes)
+    here = LlamaForCausalLM(shape).to(dtype).eval()
+    identities = {Replica(each, 3, direction="inputs").directions.identity for each in (here, here.cuda())}
+    assert len(identities) == 1
 
 
 def test_streamed_weights_take_two_blocks_of_the_device_s_memory() -> None:

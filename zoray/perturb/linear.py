@@ -128,7 +128,10 @@ class LinearLayer:
             return
         left, right = active.factors(self.weight, out)
         spread = (right if self.transposed else left)[:, outputs]
-        if base is None:
+        if len(spread) == 1 and out.is_cuda:
+            # As a product it takes three passes over the output, by a kernel for other machines.
+            torch.addcmul(out.new_zeros(1) if base is None else base, coefficients, spread, out=out)
+        elif base is None:
             torch.mm(coefficients, spread, out=out)
         else:
             torch.addmm(base, coefficients, spread, out=out)

@@ -41,10 +41,14 @@ class NormLayer:
             eps = torch.finfo(x.dtype).eps if self.module.eps is None else self.module.eps
             normal = functional.rms_norm(exact, shape, eps=eps)
         halves = normal.view(2 if active.signs is Signs.BOTH else 1, -1, *shape)
-        if weight is not None:
-            halves.mul_(weight.view(-1, 1, *shape))
-        if bias is not None:
-            halves.add_(bias.view(-1, 1, *shape))
+        scale, shift = (each if each is None else each.view(-1, 1, *shape) for each in (weight, bias))
+        if x.is_cuda and scale is not None and shift is not None:
+            # One pass in place of three.
+            return torch.addcmul(shift, halves, scale, out=x.new_empty(halves.shape)).view(x.shape)
+        if scale is not None:
+            halves.mul_(scale)
+        if shift is not None:
+            halves.add_(shift)
         return normal.to(x.dtype)
 
 
