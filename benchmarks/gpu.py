@@ -8,8 +8,9 @@ such a folder afterwards, anywhere. `--device cpu --quick` tries the script out,
 A machine of 128 GiB cannot hold OPT-66B's weights. What its layers take of the device is seen with as many of them as
 fit, since no more than two are there at a time.
 
-A probe has both signs, so it is compared with two plain forwards of its rows; a step of K directions with 2K. What is
-streamed is compared with copying as many bytes, in one piece, from memory that is not paged out.
+The directions are of inputs, as `zoray train` has them. A probe has both signs, so it is compared with two plain
+forwards of its rows; a step of K directions with 2K. What is streamed is compared with copying as many bytes, in one
+piece, from memory that is not paged out.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from torch import nn
 from benchmarks.common import Row, seconds, write_section
 from zoray.aggregate import ProbeResult, commit
 from zoray.commits import Commit
+from zoray.inputs import find_mixtures, random_texts
 from zoray.memory.streamed import Streamed, Streaming
 from zoray.replica import Replica
 from zoray.update import apply_commits
@@ -175,10 +177,10 @@ class Bench:
 
     def _replica(self, folder: Path) -> Replica:
         if self.part.memory == "resident":
-            return Replica(self.model)
+            return Replica(self.model, direction="inputs")
         files = folder if self.part.memory == "nvme" else None
         streaming = Streaming("cpu" if files is None else "nvme", files, self.device)
-        replica = Replica(self.model, memory=partial(Streamed, streaming=streaming))
+        replica = Replica(self.model, direction="inputs", memory=partial(Streamed, streaming=streaming))
         for shard in replica.memory.shards(writing=True):
             if shard.spec.rank:
                 # The device draws faster than the processor.
@@ -247,6 +249,9 @@ class Bench:
 
     def run(self) -> None:
         """All of it."""
+        with self.timed("inputs"), self.replica.memory.forwards(first=True):
+            find_mixtures(self.model, random_texts(self.model, 0), 0)
+        self.replica.memory.settle()
         with self.timed("first"):
             self.replica.prove({name: values[:2] for name, values in self.batch.items()})
         self.probe()
@@ -389,6 +394,7 @@ def _resident_rows(part: Part, facts: dict[str, Any]) -> list[Row]:
         sizes = [facts[f"{name}_allocated"] / GIB for name in ("probe", "plain", f"update_{WIDE}")]
         text = "probe {:.1f} GiB, plain forward {:.1f} GiB, update {:.1f} GiB".format(*sizes)
         rows.append(Row(f"{title}: peak device memory", text, "reported", None))
+    rows += _inputs_rows(title, facts)
     if "update_by_block" in facts:
         text = ", ".join(f"2^{power}: {took * 1e12:,.0f} ps" for power, took in facts["update_by_block"].items())
         rows.append(Row(f"{title}: update of one direction, a weight, by weights a block", text, "reported", None))
@@ -418,12 +424,20 @@ def _streamed_rows(part: Part, facts: dict[str, Any]) -> list[Row]:
         text = f"{at['step'] / both:.3f}; {at['step'] * 1e3:,.0f} ms / {both * 1e3:,.0f} ms; "
         text += f"{at['step'] / once:.3f} of streaming them in"
         rows.append(Row(figure, text, target, at["step"] <= 1.1 * both if part.memory == "cpu" else None))
-    names = [f"{name}_{kind}" for name in ("first", "probe", "step") for kind in ("allocated", "reserved")]
+    rows += _inputs_rows(title, facts)
+    names = [f"{name}_{kind}" for name in ("inputs", "first", "probe", "step") for kind in ("allocated", "reserved")]
     most = max(facts[name] for name in names if name in facts)
     large = part.shape == "opt-66b"
     met = most <= 18 * GIB if large else None
     rows.append(Row(f"{title}: peak device memory", f"{most / GIB:.1f} GiB", "≤ 18 GiB" if large else "reported", met))
     return rows
+
+
+def _inputs_rows(title: str, facts: dict[str, Any]) -> list[Row]:
+    if "inputs" not in facts:
+        return []
+    text = f"{facts['inputs']:.1f} s, {facts['inputs_allocated'] / GIB:.1f} GiB" if "inputs_allocated" in facts else "-"
+    return [Row(f"{title}: finding the inputs of layers, once in a run", text, "reported", None)]
 
 
 def main() -> None:

@@ -215,12 +215,12 @@ DEFAULT: dict[str, Any] = {
     "optimizer": CURVED,
     "schedule": "linear",
     "replica": INPUTS,
-    "version": 6,
+    "version": 7,
 }
 """What `zoray train` does where nothing is said (`zoray.config`); on docstrings the inputs are those of examples."""
 GROUPS: dict[str, Any] = {**DEFAULT, "estimator": "one_sided", "per_batch": 4, "optimizer": ONE_SIDED}
-SIGNS: dict[str, Any] = {"replica": {}, "version": 4}
-ADAPTERS: dict[str, Any] = {"replica": {}, "adapters": True, "version": 4}
+SIGNS: dict[str, Any] = {"replica": {}, "version": 5}
+ADAPTERS: dict[str, Any] = {"replica": {}, "adapters": True, "version": 5}
 ALL_ON_ONE: dict[str, Any] = {"estimator": "one_sided", "per_batch": 16}
 THIRD = 1 / 3
 
