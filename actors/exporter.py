@@ -83,6 +83,9 @@ class Exporter:
             "gradient_noise_ratio",
             "Share of noise of the batches in the last step's projected gradients, squared.",
         )
+        self._factor = self._make(
+            Gauge, "step_factor", "What steps are multiplied with since the loss has risen; 1 where it has not."
+        )
         self._replicas = self._make(Gauge, "replicas", "Replicas by state.", "state")
         self._target = self._make(Gauge, "target_replicas", "Replicas there should be.").labels(run)
         self._members: Membership | None = None
@@ -178,6 +181,7 @@ class Exporter:
         rms = (sum(g * g for g in finite) / len(finite)) ** 0.5 if finite else float("nan")
         self._gradient.labels(self._run).set(rms)
         self._noise.labels(self._run).set(aggregate.disagreement)
+        self._factor.labels(self._run).set(aggregate.step_factor)
         self._seconds.observe(split.total)
         self._append.observe(split.commit)
         for phase in ("probe", "commit", "wait"):

@@ -87,6 +87,7 @@ class Journal:
         self._tokens = 0.0
         self._sent = self._received = 0
         self._recent: deque[Split] = deque(maxlen=RECENT)
+        self._factor = 0.0
         self._log = _file_logger(folder)
 
     def begin(self, step: int, metrics_url: str, tokens_per_direction: float, trainable: int = 0) -> None:
@@ -187,6 +188,10 @@ class Journal:
         split = Split(total, probe, commit, max(0.0, total - probe - commit))
         self._recent.append(split)
         self._tell_exchanged()
+        assert record.aggregate is not None
+        if (factor := record.aggregate.step_factor) < self._factor:
+            self.warn(f"step {record.step}: the loss has risen, so steps are {factor:g} times as long from here on")
+        self._factor = factor
         mean = Split(*(math.fsum(getattr(s, n) for s in self._recent) / len(self._recent) for n in Split.__slots__))
         row = self._step_row(record, split)
         self.folder.append("steps", row)
@@ -216,6 +221,7 @@ class Journal:
             "learning_rate": record.learning_rate,
             "gradient_rms": rms(finite),
             "gradient_noise": record.aggregate.disagreement,
+            "step_factor": record.aggregate.step_factor,
             "nonfinite": record.aggregate.nonfinite,
             "clipped": record.aggregate.clipped,
             "directions": len(record.aggregate.projected_gradients),

@@ -100,6 +100,7 @@ class Aggregate:
         projected_gradients: mean over the microbatches of each direction, before clipping; nan for those left out.
         disagreement: share of noise in them, as `zoray.optim.width` measures it between microbatches, and with one
             between the halves of the batches; nan if these do not tell.
+        step_factor: what steps are multiplied with since the loss has risen (`zoray.optim.brake`); 1: it has not.
     """
 
     commit: Commit
@@ -108,6 +109,7 @@ class Aggregate:
     scale: float
     projected_gradients: tuple[float, ...]
     disagreement: float = math.nan
+    step_factor: float = 1.0
 
 
 def aggregate(
@@ -195,6 +197,7 @@ def aggregate(
         scale=scale,
         projected_gradients=tuple(gradients),
         disagreement=noise,
+        step_factor=update.brake.factor,
     )
 
 

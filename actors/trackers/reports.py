@@ -22,6 +22,7 @@ _MEANS = {
     "train/loss": "loss",
     "train/projected_gradient_rms": "gradient_rms",
     "train/gradient_noise_ratio": "gradient_noise",
+    "train/step_factor": "step_factor",
     "train/nonfinite_directions": "nonfinite",
     "train/clipped_directions": "clipped",
     "train/directions": "directions",

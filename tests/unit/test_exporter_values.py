@@ -50,6 +50,7 @@ def test_a_step_shows(exporter: Exporter) -> None:
     assert value(exporter, "learning_rate") == 0.5
     assert value(exporter, "projected_gradient_rms") == pytest.approx(math.sqrt(12.5))
     assert value(exporter, "gradient_noise_ratio") == pytest.approx(1 / 12.5)
+    assert value(exporter, "step_factor") == 1
     assert value(exporter, "step_duration_seconds_sum") == 3.0
     assert value(exporter, "ledger_append_seconds_count") == 2
     assert value(exporter, "step_phase_seconds_total", phase="probe") == 2.0
@@ -127,7 +128,7 @@ def test_what_is_not_known_yet_is_not_there(exporter: Exporter) -> None:
     """A loss of 0 would be the best there ever was."""
     names = (
         *("loss", "eval_loss", "eval_accuracy_ratio", "eval_score", "learning_rate"),
-        *("projected_gradient_rms", "gradient_noise_ratio"),
+        *("projected_gradient_rms", "gradient_noise_ratio", "step_factor"),
     )
     assert [value(exporter, name) for name in names] == [None] * len(names)
     exporter.evaluated(Evaluation(1.25, 0.1, 8, 6))

@@ -60,6 +60,16 @@ def test_a_step(journal: Journal) -> None:
     assert progress.remaining == 9 * 2.0
 
 
+def test_steps_that_become_shorter_are_told_once(journal: Journal) -> None:
+    for step, factor in enumerate((1.0, 1.0, 0.5, 0.5)):
+        told = record(step)
+        assert told.aggregate is not None
+        journal.report(replace(told, aggregate=replace(told.aggregate, step_factor=factor)))
+    assert [row["step_factor"] for row in journal.folder.rows("steps")] == [1.0, 1.0, 0.5, 0.5]
+    (warning,) = journal.progress.warnings
+    assert warning == "step 2: the loss has risen, so steps are 0.5 times as long from here on"
+
+
 def test_time_is_the_mean_of_recent_steps(journal: Journal) -> None:
     journal.report(record(0))
     journal.report(record(1, durable=14.0))

@@ -35,7 +35,7 @@ def config(report_to: Any = "none", **keys: Any) -> RunConfig:
 def row(step: int, loss: float = 1.0, **keys: float) -> dict[str, float]:
     whole = {
         "step": step, "loss": loss, "learning_rate": 0.5, "gradient_rms": 2.0,
-        "gradient_noise": 0.5, "nonfinite": 0, "clipped": 0,
+        "gradient_noise": 0.5, "step_factor": 1.0, "nonfinite": 0, "clipped": 0,
         "directions": 4,
         "replicas": 2, "seconds": 2.0, "probe_seconds": 1.5, "commit_seconds": 0.25, "wait_seconds": 0.25,
         "tokens": 64.0, "sent": 10.0 * (step + 1), "received": 20.0 * (step + 1),
