@@ -77,6 +77,23 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: 
     assert rows[-1][-1] == f"{run.digests[3]:016x}"
 
 
+def test_a_classifier_s_inputs_are_found_without_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were those of training examples, which the ledger's header knows."""
+    run = build_run(tmp_path, "bert", "classification", max_steps=2, learning_rate=1.0)
+    assert "classifier.weight" in run.replica.directions.inputs
+    with Ledger.open(run.folder.ledger, repair=False) as ledger:
+        texts = ledger.header["texts"]
+    assert texts.keys() == {"input_ids", "attention_mask"}
+    assert (len(texts["input_ids"]), len(texts["input_ids"][0])) == (64, 8)
+    for part in ("train", "eval"):
+        (tmp_path / f"{part}.jsonl").unlink()
+    monkeypatch.setenv("ZORAY_CACHE", str(tmp_path / "another"))
+    verify("tiny", run.output_dir)
+    assert f"{run.digests[2]:016x}" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_without_any_record_it_says_so(built: BuiltRun, copied: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(copied.snapshots)
     (copied.path / "metrics" / "digests.jsonl").unlink()

@@ -51,8 +51,9 @@ class DirectionConfig(Section):
     kind: Literal["inputs", "rank", "rademacher", "gaussian"] = key(
         "inputs",
         "`rank`: products of ±1 vectors for matrices, ±1 for vectors. `inputs`: the same, but the vector on the input "
-        "side of a linear layer's weight is half made of inputs of the layer, those of 64 texts of random tokens as "
-        "the run begins; it learns more from a forward on two of three tasks (docs/learning.md), and all learning "
+        "side of a linear layer's weight is half made of inputs of the layer, those of 64 texts (random tokens; of a "
+        "classification, training examples) as the run begins; it learns more from a forward on two of three tasks "
+        "(docs/learning.md), and all learning "
         "rates but those of `normalize: curvature` mean other numbers. `rademacher`: ±1 everywhere. "
         "`gaussian`: for comparison with the literature; its updates are not bit-exact.",
         mathematics=True,
