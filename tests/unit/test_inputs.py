@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.conftest import make_model
+from tests.conftest import SENTENCES, VOCABULARY, make_model, make_tokenizer
 from tests.unit.helpers import commit_of, printed_elsewhere
 from tests.unit.test_models import config
 from zoray.errors import ConfigError, ModelError
@@ -22,6 +23,7 @@ from zoray.inputs.find import _one_of_each
 from zoray.layout import BLOCK_BYTES
 from zoray.models import load_model
 from zoray.replica import Replica
+from zoray.tasks import load_task
 
 
 def loaded(folder: Path, **keys: Any) -> Any:
@@ -347,3 +349,42 @@ def test_a_model_that_takes_other_arguments_says_so(tmp_path: Path) -> None:
         Replica(model, direction="inputs", texts={"pixels": torch.zeros(POOL, 3)})
     assert "direction: {kind: rank}" in (caught.value.advice or "")
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize("words", [3, 40])
+def test_a_classifier_begins_with_its_own_texts(kind: str, words: int, tmp_path: Path) -> None:
+    """Longer and shorter than is taken of them; those of an encoder-decoder need an end, and are cut off before it."""
+    import transformers
+
+    folder = make_model(kind, tmp_path, head="classification") if kind != "bart" else small_bart(tmp_path)
+    rows = [{"text": " ".join(SENTENCES[i % 7].split()[:words] * (1 + words // 10)), "label": i % 2} for i in range(20)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config(folder, "classification", max_length=48)
+    settings = settings.model_copy(update={"task": settings.task.model_copy(update={"train": str(data)})})
+    task = load_task(settings, transformers.AutoTokenizer.from_pretrained(folder))
+    texts = task.texts(3)
+    assert texts is not None and "labels" not in texts
+    assert texts["input_ids"].shape[0] == POOL and texts["input_ids"].shape[1] <= 16
+    lengths = texts["attention_mask"].sum(1)
+    assert bool((lengths == 16).all()) if words == 40 else bool((lengths < 16).all())
+    model = load_model(settings, num_labels=2)
+    found = find_mixtures(model, texts, 3)
+    assert set(found) == set(input_sides(model))
+    assert len(np.unique(next(iter(found.values())).values, axis=0)) > 3
+
+
+def small_bart(folder: Path) -> Path:
+    """BART's classifier, which wants as many ends in every text."""
+    import transformers
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    tokens = {"vocab_size": VOCABULARY, "eos_token_id": 0, "pad_token_id": 1, "bos_token_id": 3}
+    tokens |= {"decoder_start_token_id": 0, "num_labels": 2}
+    torch.manual_seed(0)
+    model = transformers.BartForSequenceClassification(transformers.BartConfig(**sizes, **heads, **tokens))
+    model.save_pretrained(folder / "bart")
+    make_tokenizer("t5").save_pretrained(folder / "bart")
+    return folder / "bart"

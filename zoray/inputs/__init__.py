@@ -2,8 +2,8 @@
 
 The gradient of a linear layer's weight is a sum of outer products with inputs of the layer. Of all directions a b^T
 most have a b that is no input's, and move what the layer makes of inputs that never occur. So one half of b is a sum of
-some inputs with random signs: those of texts of random tokens, as the model is when the run begins, in a few bits each,
-the same on every machine. The other half is signs as ever, so that nothing is out of reach: E[z z^T] is at least a
+some inputs with random signs: those of a few texts, as the model is when the run begins, in a few bits each, the same
+on every machine. The other half is signs as ever, so that nothing is out of reach: E[z z^T] is at least a
 fraction of I.
 
 LoRA-FA (Zhang et al. 2023, arXiv 2308.03303) and EVA (Paischer et al. 2024, arXiv 2410.07170) begin adapters with

@@ -1,4 +1,4 @@
-"""What the layers of a model are given, in one forward of random texts."""
+"""What the layers of a model are given, in one forward of a few texts."""
 
 from __future__ import annotations
 
@@ -37,8 +37,6 @@ class _Enough(Exception):
 def random_texts(model: Any, seed: int) -> dict[str, torch.Tensor]:
     """What a language model, or a classifier over one, takes: `POOL` texts of random tokens.
 
-    Those of an encoder-decoder end as it wants a text to end.
-
     Raises:
         ConfigError: the model does not say how many tokens it knows.
     """
@@ -53,10 +51,6 @@ def random_texts(model: Any, seed: int) -> dict[str, torch.Tensor]:
         ) from error
     words = _words(seed, 0, POOL * RANDOM_TOKENS) % np.uint64(vocabulary)
     tokens = torch.from_numpy(words.astype(np.int64)).view(POOL, RANDOM_TOKENS)
-    end = getattr(settings, "eos_token_id", None)
-    if getattr(model.config, "is_encoder_decoder", False) and isinstance(end, int):
-        tokens[tokens == end] = (end + 1) % vocabulary
-        tokens[:, -1] = end
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
@@ -73,7 +67,7 @@ def find_mixtures(
     Args:
         model: with the weights the run begins with; they are not changed.
         texts: arguments of a forward of `POOL` rows. Of each text, the last token is taken that its `attention_mask`
-            does not hide, if there is one.
+            does not hide, if there is one. Those of an encoder-decoder are made to end as it wants a text to end.
         seed: stands in for inputs of layers that are given fewer.
         wanted: names of weights; by default all that `input_sides` names.
 
@@ -95,13 +89,19 @@ def find_mixtures(
     device = next(model.parameters()).device
     given = {name: value.to(device) for name, value in texts.items()}
     given = {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
-    found = _Found(model, {module: name for name, (module, _) in layers.items()}, missing, given.get("attention_mask"))
+    mask = given.get("attention_mask")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "input_ids" in given:
+        given["input_ids"], mask = _ended(model, given["input_ids"], mask)
+    found = _Found(model, {module: name for name, (module, _) in layers.items()}, missing, mask)
     try:
         with suppress(_Enough), torch.no_grad(), found.watching(), in_float64(model):
             model(**given)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise
+        if found.whole:
+            # Such as a loss that wants labels.
+            return found.mixtures()
         raise ModelError(
             f"{type(model).__name__} cannot be run on texts of {', '.join(given)} in float64, to find the inputs of "
             f"its layers: {error}.",
@@ -109,6 +109,28 @@ def find_mixtures(
             advice=_ADVICE,
         ) from error
     return found.mixtures()
+
+
+def _ended(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The texts with one end each, at their last token, and where they have tokens but that one, which is all texts'.
+
+    Classifiers look for the end, and the first tokens of a text lack it.
+    """
+    settings = model.config.get_text_config()
+    end = getattr(settings, "eos_token_id", None)
+    if not isinstance(end, int):
+        return tokens, mask
+    mask = torch.ones_like(tokens) if mask is None else mask.clone()
+    place = torch.arange(len(tokens), device=tokens.device), _last(mask)
+    tokens = torch.where(tokens == end, (end + 1) % int(settings.vocab_size), tokens)
+    tokens[place] = end
+    mask[place] = 0
+    return tokens, mask
+
+
+def _last(mask: torch.Tensor) -> torch.Tensor:
+    """Position of the last token of each row that `attention_mask` (rows, tokens) does not hide."""
+    return (mask != 0).long().mul(torch.arange(mask.shape[1], device=mask.device)).argmax(1)
 
 
 def _words(seed: int, number: int, count: int) -> npt.NDArray[np.uint64]:
@@ -162,6 +184,11 @@ class _Found:
             for hook in hooks:
                 hook.remove()
 
+    @property
+    def whole(self) -> bool:
+        """Whether every layer that is wanted has been given something."""
+        return len(self._made) + (self._latest is not None) == len(self._names)
+
     def mixtures(self) -> dict[str, Mixture]:
         """By name of the weight, of all that were wanted."""
         if self._latest is not None:
@@ -195,9 +222,8 @@ def _one_of_each(inputs: torch.Tensor, mask: torch.Tensor | None = None) -> npt.
         mask: (POOL, tokens), 0 where there is no token.
     """
     flat = inputs.flatten(0, -2)
-    if mask is not None and len(flat) == mask.numel():
-        last = (mask != 0).long().mul(torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        flat = flat.view(*mask.shape, -1)[torch.arange(len(mask), device=mask.device), last]
+    if mask is not None and inputs.shape[:-1] == mask.shape:
+        flat = inputs[torch.arange(len(mask), device=mask.device), _last(mask)]
     elif len(flat) and len(flat) % POOL == 0:
         flat = flat.view(POOL, -1, flat.shape[-1])[:, -1]
     kept: npt.NDArray[np.float64] = flat[:POOL].double().cpu().numpy()

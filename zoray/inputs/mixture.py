@@ -56,10 +56,7 @@ class Mixture:
             centred: take off what they have in common, once they are as large as each other.
         """
         if centred and len(inputs) > 1:
-            alike = np.array([row if (scaled := _scaled(row)) is None else scaled for row in inputs])
-            inputs = alike - alike.mean(0)
-            # Of inputs that are the same, what is left is the last bits of a sum, which machines differ in.
-            inputs[np.abs(inputs).mean(1) < _NOTHING] = 0
+            inputs = _centred(inputs)
         values = 2 * missing
         for number, row in enumerate(inputs):
             if (scaled := _scaled(row)) is not None:
@@ -108,6 +105,19 @@ class Mixture:
     def digest(self) -> str:
         """Digest (hex) of the values."""
         return hashlib.sha256(self.values.tobytes()).hexdigest()
+
+
+def _centred(inputs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Inputs without what they have in common, once they are as large as each other; 0 where they say nothing."""
+    scaled = [_scaled(row) for row in inputs]
+    known = [number for number, row in enumerate(scaled) if row is not None]
+    apart = np.zeros_like(inputs)
+    if known:
+        alike = np.array([scaled[number] for number in known])
+        apart[known] = alike - alike.mean(0)
+    # Of inputs that are the same, what is left is the last bits of a sum, which machines differ in.
+    apart[np.abs(apart).mean(1) < _NOTHING] = 0
+    return apart
 
 
 def _scaled(row: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:

@@ -28,7 +28,7 @@ Normalize = Literal["none", "loss_deviation", "second_moment", "curvature"]
 
 _REMEMBERING = ("second_moment", "curvature")
 
-_CURVED_NOTES = 11
+_CURVED_NOTES = 12
 """Numbers in a commit that tell the curvature, the share of signal and the brake."""
 
 FORGOTTEN = 0.05
@@ -250,11 +250,13 @@ class Optimizer:
         if self.wants_curvature:
             if len(commit.notes) < _CURVED_NOTES:
                 what = f"step {commit.step} says less of the curvature than is needed to go on from it"
-                raise LedgerError(what, advice="go on with the version of Zoray that made it, or start a new run")
+                raise LedgerError(
+                    what, where="ledger", advice="go on with the version of Zoray that made it, or start a new run"
+                )
             mean, square, count = islice(notes, 3)
             curvature, signal = CurvatureState(mean, square, int(count)), SignalState(*islice(notes, 2))
-            recent, lowest, last, spread, count, factor = islice(notes, 6)
-            brake = BrakeState(recent, lowest, last, spread, int(count), factor)
+            recent, lowest, last, spread, count, changes, factor = islice(notes, 7)
+            brake = BrakeState(recent, lowest, last, spread, int(count), int(changes), factor)
         if self.width is not None:
             width = self.width.read(tuple(islice(notes, 2)))
         return OptimizerState(moment, seen, curvature, signal, brake, past, width)

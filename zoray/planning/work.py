@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from zoray.commits import seal
-from zoray.config import CausalLMTask, RunConfig
+from zoray.config import CausalLMTask, ClassificationTask, RunConfig
 from zoray.coverage import EVERYTHING, Coverage
 from zoray.digest import tensor_digest
 from zoray.errors import ModelError, ZorayError
@@ -115,7 +115,7 @@ def measure(config: RunConfig, num_labels: int | None = None, shards: int = 1) -
         verdict = _forwards(config, model, directions, counter)
     _updates(config, directions, counter, shards)
     if directions.inputs:
-        counter.found["finding the inputs of layers"] = _finding(model)
+        counter.found["finding the inputs of layers"] = _finding(model, config)
     named = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
     once = list(model.parameters())
     modules = [_bytes(module.parameters(recurse=False)) for module in model.modules()]
@@ -192,8 +192,10 @@ def _mixtures(layout: Layout) -> dict[str, Mixture]:
     return {name: Mixture(np.ones((POOL, count), np.int8)) for name, count in features.items()}
 
 
-def _finding(model: nn.Module) -> int:
+def _finding(model: nn.Module, config: RunConfig) -> int:
     """Of a forward in float64: a module's weights, and a few tensors of the most features."""
+    classifies = isinstance(config.task, ClassificationTask)
+    tokens = POOL * (min(TEXT_TOKENS, config.task.max_length) if classifies else RANDOM_TOKENS)
     # The head would come after all that is looked for.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     called = (module for module in model.modules() if not isinstance(module, nn.Embedding) and module is not head)
@@ -201,7 +203,7 @@ def _finding(model: nn.Module) -> int:
     widest = max(max(p.shape) for parameters in modules for p in parameters if p.dim() == 2)
     # Of experts in one tensor, one at a time, as most models have it.
     largest = max(sum(p[0].numel() if p.dim() > 2 else p.numel() for p in parameters) for parameters in modules)
-    return 8 * (largest + 8 * POOL * (TEXT_TOKENS if head is None else RANDOM_TOKENS) * widest)
+    return 8 * (largest + 8 * tokens * widest)
 
 
 def _coverage(config: RunConfig, layout: Layout) -> Coverage:

@@ -46,10 +46,16 @@ class Classification(Task):
         super().__init__(config, train, held_out, padding_id(tokenizer))
 
     def texts(self, run_seed: int) -> Batch:
-        """The first tokens of the first examples: what a new head is given has nothing of random tokens."""
+        """The first tokens of the first examples: of random ones a model makes nothing that it makes of these.
+
+        Without the last one of a short text, which is the same special token for all, as a rule.
+        """
         order = {"directions": 1, "microbatches": 1, "batch_size": POOL}
         batch = self.batch(sample_ids(run_seed, self.train_size, 0, 0, 0, **order))
-        return {name: values[:, :TEXT_TOKENS] for name, values in batch.items() if name != "labels"}
+        lengths = (batch["attention_mask"].sum(1, keepdim=True) - 1).clamp(1, TEXT_TOKENS)
+        texts = {name: values[:, :TEXT_TOKENS] for name, values in batch.items() if name != "labels"}
+        texts["attention_mask"] = (torch.arange(texts["input_ids"].shape[1]) < lengths).to(torch.int64)
+        return texts
 
     def _collate(self, store: TokenStore, indices: Sequence[int]) -> Batch:
         batch = self._pad([store.tokens(i) for i in indices])
