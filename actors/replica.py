@@ -230,6 +230,10 @@ class ReplicaActor:
             if (alone := self._alone(error)) is not None:
                 # That says nothing about the item: it is no answer, and another replica will give one.
                 raise alone from error
+            if self.replica.torn:
+                # Nor does that; and whatever this replica is asked for next, it has no weights for it.
+                text = f"{self._who} broke off in an update: {error}"
+                raise ResourceError(text, where="memory", advice="the replica is built anew") from error
             if out_of_memory(error):
                 verdict = self.replica.verdict
                 return self._failed(item, explain(error, self.config, self._who, verdict is None or verdict.batched))

@@ -61,6 +61,10 @@ class Replica:
             `zoray.memory.zero3`, each of several processes holds a part of them; all of them must then call the same
             methods in the same order, but for `probe`'s address and batch, of which each has its own.
 
+    Attributes:
+        step: of the weights.
+        torn: an update, or the loading of a snapshot, was broken off, and the weights are those of no step.
+
     Raises:
         ModelError: nothing to train, or a parameter that cannot be trained.
         ConfigError: the estimator does not go with the memory, `signs` or the objective, or the selection does not suit
@@ -96,6 +100,7 @@ class Replica:
             self.memory.settle()
         self.directions.coverage = cover(selection, model, self.memory)
         self.step = 0
+        self.torn = False
         self.objective = objective or Objective()
         self._choices: tuple[SignsChoice, HeadChoice] = (signs if estimator == "spsa" else "sequential", head)
         self._loss = loss
@@ -176,6 +181,7 @@ class Replica:
         Raises:
             ConfigError: the curvature is asked of an estimator that differentiates.
         """
+        self._require_whole()
         if self._estimator is None:
             self.prove(batch, epsilon)
         assert self._estimator is not None
@@ -200,6 +206,7 @@ class Replica:
         Raises:
             ModelError: the replica's probes take one forward for both signs.
         """
+        self._require_whole()
         if self._prober is None:
             self.prove(batch, epsilon)
         assert self._prober is not None
@@ -210,7 +217,8 @@ class Replica:
         """theta <- decay theta - eta sum_k c_k z_k for each commit in order; one already applied is ignored.
 
         Raises:
-            NumericsError: a commit between the replica's step and the given ones is missing.
+            NumericsError: a commit between the replica's step and the given ones is missing, or an update before was
+                broken off.
         """
         missing = [c for c in ([commits] if isinstance(commits, Commit) else commits) if c.step >= self.step]
         expected = list(range(self.step, self.step + len(missing)))
@@ -219,13 +227,19 @@ class Replica:
                 f"The replica is at step {self.step} and was given the commits of steps {[c.step for c in missing]}.",
                 advice="give it every commit, in order",
             )
+        self._require_whole()
         if missing:
             self._forget()
-        self.memory.apply(missing)
+        try:
+            self.memory.apply(missing)
+        except BaseException:
+            self.torn = bool(missing)
+            raise
         self.step += len(missing)
 
     def evaluate(self, batch: Batch) -> RowLosses:
         """Losses of each row at the current weights."""
+        self._require_whole()
         if self._prober is None:
             self.prove(batch)
         assert self._prober is not None
@@ -234,6 +248,7 @@ class Replica:
 
     def digest(self) -> int:
         """Digest of the trainable weights: equal on two replicas if and only if they agree (up to 2^-64)."""
+        self._require_whole()
         return self.memory.total(self.memory.digest())
 
     def base_digest(self) -> int:
@@ -243,8 +258,16 @@ class Replica:
     def load(self, read: Reader, step: int) -> None:
         """Jump to the weights of a snapshot at `step`."""
         self._forget()
+        self.torn = True
         self.memory.load(read)
-        self.step = step
+        self.step, self.torn = step, False
+
+    def _require_whole(self) -> None:
+        if self.torn:
+            raise NumericsError(
+                "An update of this replica was broken off, and its weights are those of no step.",
+                advice="make it anew, or load a snapshot",
+            )
 
     def _forget(self) -> None:
         if self._estimator is not None:

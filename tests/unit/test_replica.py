@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from tests.unit.helpers import bits, commit_of
 from tests.unit.test_architectures import MODELS, batch_for, load
+from zoray import update
 from zoray.aggregate import commit
 from zoray.errors import NumericsError
 from zoray.memory import Resident
@@ -69,6 +71,37 @@ def test_replay_in_one_call_gives_the_weights_of_the_run(dtype: torch.dtype, tmp
     other.apply(commits)
     assert late.digest() == run.digest() != start
     assert other.digest() != run.digest(), "another run seed, 0 included, is another run"
+
+
+def test_an_update_that_is_broken_off_leaves_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some weights have changed and some have not: applied once more, the commit would change the first ones twice."""
+    model = nn.Linear(8, 8)
+    replica, whole = Replica(model), Replica(copy.deepcopy(model))
+    base = {name: values.clone() for name, values in model.state_dict().items()}
+    updated = update._Sums.apply
+
+    def apply(self: Any, shard: Any, block_elements: int | None = None) -> None:
+        updated(self, shard, block_elements)
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(update._Sums, "apply", apply)
+        replica.apply(commit_of(0, [3, -7]))
+    assert replica.torn and replica.step == 0
+    batch = {"input_ids": torch.ones(2, 8), "labels": torch.ones(2, 8)}
+    for use in (
+        lambda: replica.apply(commit_of(0, [3, -7])),
+        lambda: replica.probe(0, 0, batch, 1e-3),
+        lambda: replica.side(0, 0, batch, 1e-3, 1),
+        lambda: replica.evaluate(batch),
+        replica.digest,
+    ):
+        with pytest.raises(NumericsError, match="broken off"):
+            use()
+    replica.load(lambda spec, start, stop: base[spec.name].view(-1)[start:stop], 0)
+    for each in (replica, whole):
+        each.apply(commit_of(0, [3, -7]))
+    assert replica.digest() == whole.digest()
 
 
 def test_commits_are_applied_once_and_in_order() -> None:
