@@ -31,8 +31,11 @@ from zoray.rounding import rounding_key, stochastic_round
 BLOCK_ELEMENTS = 1 << 19
 """Weights updated at a time: the block and its int32 sum stay in cache, also over a whole group of commits."""
 
-DEVICE_BLOCK_ELEMENTS = 1 << 25
+DEVICE_BLOCK_ELEMENTS = 1 << 23
 """The same on an accelerator, where starting the kernels for a small block takes longer than they do."""
+
+_FUSED_BLOCK_ELEMENTS = 1 << 25
+"""The same where an update is one kernel, which needs nothing of the block's size but its sum."""
 
 Signs = npt.NDArray[np.int8]
 _Outer = tuple[torch.Tensor, torch.Tensor]
@@ -153,17 +156,20 @@ class _Sums:
         if not self.commits:
             return
         spec, device = shard.spec, shard.values.device
-        if block_elements is None:
-            block_elements = BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+        limited = spec.name in self.directions.coverage.limits
+        in_one = not limited and fused.usable(device, shard.values.dtype)
+        if block_elements is None and device.type == "cpu":
+            block_elements = BLOCK_ELEMENTS
+        elif block_elements is None:
+            block_elements = _FUSED_BLOCK_ELEMENTS if in_one else DEVICE_BLOCK_ELEMENTS
         etas = [float(np.float32(commit.eta) * self.directions.scale(spec)) for commit in self.commits]
         if self.directions.layout.kind == "gaussian":
             for block in _blocks(shard, block_elements):
                 for commit, eta, terms in zip(self.commits, etas, self.ranges, strict=True):
                     _step(block, commit, eta, self._normal_sum(terms, block), self.directions)
             return
-        limited = spec.name in self.directions.coverage.limits
         one_each = max(spec.rank, 1) == 1 and all(terms.stop - terms.start == 1 for terms in self.ranges)
-        single = one_each and not limited and not fused.usable(device, shard.values.dtype)
+        single = one_each and not limited and not in_one
         dtype = torch.float32 if single else factor_dtype(device)
         right, mixed = None, None
         if spec.rank:
@@ -171,7 +177,7 @@ class _Sums:
             mixed = self._mixed(spec, "rows") if spec.mixed == "rows" else None
         else:
             block_elements = min(block_elements, max(1, _PACKED_BYTES // max(1, len(self.addresses))))
-        if spec.mixed is not None:
+        if spec.mixed is not None and shard.values.dtype == torch.float32:
             _drop_signs_of_zeros(shard.values)
         for block in _blocks(shard, block_elements):
             left, across = self._factors(block, right, mixed, dtype)
@@ -279,7 +285,7 @@ def _step(block: _Block, commit: Commit, eta: float, update: torch.Tensor | _Out
         and fused.usable(values.device, values.dtype)
     ):
         key = rounding_key(directions.run_seed, commit.step, spec.name)
-        fused.subtract(values, _float32(update), eta, commit.decay, -0.0 if spec.mixed is None else 0.0, key, start)
+        fused.subtract(values, _float32(update), eta, commit.decay, key, start, drop=spec.mixed is not None)
         return
     exact = values.float()  # the weights themselves where they are float32
     # Before anything is done to them: the probes saw these.

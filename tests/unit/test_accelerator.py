@@ -13,8 +13,10 @@ import torch
 from tests.unit.helpers import bits, commit_of
 from zoray import fused
 from zoray.aggregate import commit
+from zoray.commits import float32
 from zoray.memory.streamed import Streamed, Streaming
 from zoray.replica import Replica
+from zoray.update import Shard, apply_commits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +54,31 @@ def test_bfloat16_weights_are_updated_in_one_pass() -> None:
     assert fused.gives_the_bits(device)
     assert fused.usable(device, torch.bfloat16)
     assert not fused.usable(device, torch.float32) and not fused.usable(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("direction", ["rank", "inputs"])
+@pytest.mark.parametrize("decay", [1.0, 0.999])
+@pytest.mark.parametrize("part", [slice(0, None), slice(1, None), slice(1, 2), slice(0, 300)])
+def test_every_bfloat16_number_is_updated_as_on_a_processor(direction: Any, decay: float, part: slice) -> None:
+    """Also tiny ones, signs of zeros, and parts that begin anywhere."""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    layer = torch.nn.Linear(256, 256, bias=False).to(torch.bfloat16)
+    layer.weight.data.copy_(numbers.nan_to_num(0.0).view(256, 256))
+    inputs = {"input": torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()}
+    directions = Replica(layer, 3, direction=direction, texts=inputs).directions
+    (spec,) = directions.layout.specs
+    commits = [
+        commit_of(0, [5], eta=2.0**-9, decay=decay),
+        commit_of(1, [127, -3, 1], eta=float32(1.7e-41), decay=decay),
+    ]
+    found = []
+    for device in ("cpu", "cuda"):
+        values = layer.weight.detach().view(-1)[part].to(device, copy=True)
+        # On the device as far from where an allocation begins as it is in the parameter.
+        held = torch.empty(len(values) + part.start, dtype=values.dtype, device=device)[part.start :].copy_(values)
+        apply_commits(directions, [Shard(spec, held, part.start)], commits)
+        found.append(bits(held.cpu()))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("direction", ["rank", "inputs"])
@@ -107,7 +134,8 @@ def test_inputs_of_layers_are_the_processor_s(attention: str, dtype: torch.dtype
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 8}
     shape = LlamaConfig(vocab_size=301, attn_implementation=attention, **sizes)
     here = LlamaForCausalLM(shape).to(dtype).eval()
-    identities = {Replica(each, 3, direction="inputs").directions.identity for each in (here, here.cuda())}
+    models = here, copy.deepcopy(here).cuda()
+    identities = {Replica(each, 3, direction="inputs").directions.identity for each in models}
     assert len(identities) == 1
 
 

@@ -180,7 +180,7 @@ def test_what_finding_inputs_takes_is_about_what_is_predicted(name: str, tmp_pat
     texts = random_texts(model, 0)
     if labels is not None:
         # As long as those of training examples are.
-        texts = {name: values.repeat(1, 2) for name, values in texts.items()}
+        texts = {name: values.repeat(1, 4) for name, values in texts.items()}
     with Peak() as peak:
         found = find_mixtures(model, texts, 0)
     work = measure(config, labels)
