@@ -67,10 +67,8 @@ def test_every_bfloat16_number_is_updated_as_on_a_processor(direction: Any, deca
     inputs = {"input": torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()}
     directions = Replica(layer, 3, direction=direction, texts=inputs).directions
     (spec,) = directions.layout.specs
-    commits = [
-        commit_of(0, [5], eta=2.0**-9, decay=decay),
-        commit_of(1, [127, -3, 1], eta=float32(1.7e-41), decay=decay),
-    ]
+    steps = [([5], 2.0**-9), ([127, -3, 1], float32(1.7e-41))]
+    commits = [commit_of(step, terms, eta, float32(decay)) for step, (terms, eta) in enumerate(steps)]
     found = []
     for device in ("cpu", "cuda"):
         values = layer.weight.detach().view(-1)[part].to(device, copy=True)
