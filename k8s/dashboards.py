@@ -188,7 +188,10 @@ def overview() -> Dashboard:
         ("accuracy", _latest("zoray_eval_accuracy_ratio")),
         ("score", _latest("zoray_eval_score")),
     ], "percentunit")  # fmt: skip
-    board.graph("Learning rate", [("learning rate", _latest("zoray_learning_rate"))], "sci")
+    board.graph("Learning rate", [
+        ("learning rate", _latest("zoray_learning_rate")),
+        ("steps are multiplied with, since the loss has risen", _latest("zoray_step_factor")),
+    ], "sci")  # fmt: skip
     board.graph("Directions clipped and not finite", [
         ("clipped", f"{_rate('zoray_clipped_directions_total')} / {_rate('zoray_directions_total')}"),
         ("not finite", f"{_rate('zoray_nonfinite_directions_total')} / {_rate('zoray_directions_total')}"),
