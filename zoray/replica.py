@@ -44,7 +44,7 @@ class Replica:
         direction: "rank" (z = a b^T on matrices), "inputs" (the same, with the factors on the input side of linear
             layers mixed from inputs, see `zoray.inputs`), "rademacher" or "gaussian" (dense). With "inputs", the model
             must have the weights the run begins with; where it does not say that it is a language model
-            (`get_output_embeddings`), its last linear layer is taken for a head (see `find_mixtures`).
+            (`get_output_embeddings`), inputs are taken without their mean (see `find_mixtures`).
         rank: r of the first two kinds.
         texts: of direction "inputs", the arguments of the forward that tells the inputs, of `zoray.inputs.POOL` rows;
             by default of random tokens.

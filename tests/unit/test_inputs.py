@@ -212,35 +212,27 @@ def test_embeddings_are_looked_up_as_they_are(tmp_path: Path) -> None:
     assert torch.allclose(logits, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("kind", "head"), [("bert", "classifier"), ("gpt2", "score"), ("roberta", "classifier.out_proj")]
-)
-def test_of_what_a_classifier_s_head_is_given_the_mean_is_taken_off(kind: str, head: str, tmp_path: Path) -> None:
-    """Of that of no other layer, and of no language model's head."""
-    model, seen = classifier(make_model(kind, tmp_path)), dict[str, np.ndarray]()
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "roberta"])
+def test_of_what_a_classifier_s_layers_are_given_the_mean_is_taken_off(kind: str, tmp_path: Path) -> None:
+    """Whichever of them are trained; a language model's are as they are."""
+    folder = make_model(kind, tmp_path)
+    model, seen = classifier(folder), dict[str, np.ndarray]()
     for name in input_sides(model):
         module = model.get_submodule(name.removesuffix(".weight"))
         module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: _one_of_each(args[0])}))
-    found = find_mixtures(model, random_texts(model, 3), 3)
+    texts = random_texts(model, 3)
+    found = find_mixtures(model, texts, 3)
+    with torch.no_grad():
+        model(**texts)
+    assert set(found) == set(seen) and found
     for name, mixture in found.items():
-        rows = seen[name] * (1.6 / np.abs(seen[name]).mean(1, keepdims=True))
-        if name == f"{head}.weight":
-            rows = np.clip(rows, -7, 7)
-            rows -= rows.mean(0)
-            rows *= 1.6 / np.abs(rows).mean(1, keepdims=True)
-            assert np.abs(mixture.values.mean(0)).max() < 0.5
-        assert np.abs(mixture.values - np.clip(rows, -7, 7)).max() < 0.8, name
-    assert f"{head}.weight" in found
-
-
-def test_a_layer_with_a_frozen_head_behind_it_is_no_head(tmp_path: Path) -> None:
-    folder = make_model("gpt2", tmp_path)
-    every, attention = (classifier(folder, trainable=words) for words in ("full", "c_proj"))
-    texts = random_texts(every, 3)
-    found = find_mixtures(attention, texts, 3)
-    assert len(found) == 4
-    for name, mixture in find_mixtures(every, texts, 3).items():
-        assert name not in found or np.array_equal(mixture.values, found[name].values)
+        rows = np.clip(seen[name] * (1.6 / np.abs(seen[name]).mean(1, keepdims=True)), -7, 7)
+        rows -= rows.mean(0)
+        rows *= 1.6 / np.abs(rows).mean(1, keepdims=True)
+        # Both scales are rounded to a few bits.
+        assert np.abs(mixture.values - np.clip(rows, -7, 7)).max() < 1, name
+    some = find_mixtures(classifier(folder, trainable="query|c_attn"), texts, 3)
+    assert some and all(np.array_equal(mixture.values, found[name].values) for name, mixture in some.items())
 
 
 def test_inputs_that_are_all_the_same_have_nothing_but_their_mean() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from zoray.errors import ConfigError, ModelError
 from zoray.exact import in_float64
-from zoray.inputs.layers import is_linear, watched
+from zoray.inputs.layers import watched
 from zoray.inputs.mixture import POOL, Mixture
 from zoray.partitioned import shape_of
 
@@ -59,10 +59,10 @@ def find_mixtures(
 ) -> dict[str, Mixture]:
     """What each trained linear layer is given in a forward, the same bits on every machine.
 
-    Of a model that is no language model, the linear layer that is called last is its head. What the head is given has
-    so much in common, as a rule, that sums of it are mostly that, and move all classes of all examples at once: by
-    that, a probe measures how often each class is in its batch. The head's bias is there for it, so the mean is taken
-    off what the head is given.
+    What a layer is given has much in common, as a rule, so that sums of it are mostly that. In a language model it is
+    worth having. A classifier's head it moves to more or less of a class for all examples alike, and a probe measures
+    how often each class is in its batch; so of a model that is no language model the mean is taken off, of what all of
+    its layers are given.
 
     Args:
         model: with the weights the run begins with; they are not changed.
@@ -99,9 +99,6 @@ def find_mixtures(
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise
-        if found.whole:
-            # Such as a loss that wants labels.
-            return found.mixtures()
         raise ModelError(
             f"{type(model).__name__} cannot be run on texts of {', '.join(given)} in float64, to find the inputs of "
             f"its layers: {error}.",
@@ -167,50 +164,33 @@ class _Found:
         self._model, self._names, self._missing, self._mask = model, names, missing, mask
         self._output = getattr(model, "get_output_embeddings", lambda: None)()
         self._made: dict[str, Mixture] = {}
-        self._latest: tuple[str, npt.NDArray[np.float64]] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Break the forward off when all is known: of a language model, before its head at the latest."""
-        called = [module for module in self._model.modules() if module in self._names or is_linear(module)]
-        hooks = [
-            # Before those that bring the module's weights in.
-            module.register_forward_pre_hook(self._keep, with_kwargs=True, prepend=True)
-            for module in (*called, *([] if self._output is None or self._output in called else [self._output]))
-        ]
+        modules = [*self._names]
+        if self._output is not None and self._output not in self._names:
+            modules.append(self._output)
+        # Before those that bring the module's weights in.
+        hooks = [each.register_forward_pre_hook(self._keep, with_kwargs=True, prepend=True) for each in modules]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    @property
-    def whole(self) -> bool:
-        """Whether every layer that is wanted has been given something."""
-        return len(self._made) + (self._latest is not None) == len(self._names)
-
     def mixtures(self) -> dict[str, Mixture]:
         """By name of the weight, of all that were wanted."""
-        if self._latest is not None:
-            name, inputs = self._latest
-            self._made[name] = Mixture.of(inputs, self._missing[name](), centred=True)
         for name in self._missing.keys() - self._made.keys():
             self._made[name] = Mixture.of(np.zeros((0, 0)), self._missing[name]())
         return self._made
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if self._latest is not None:
-            # Another one is called after it, so it is no head.
-            name, inputs = self._latest
-            self._made[name], self._latest = Mixture.of(inputs, self._missing[name]()), None
         name = self._names.get(module, "")
         if name and name not in self._made:
             inputs = _one_of_each(next(iter((*args, *named.values()))), self._mask)
-            if self._output is None:
-                self._latest = name, inputs
-            else:
-                self._made[name] = Mixture.of(inputs, self._missing[name]())
-        if self._output is not None and (len(self._made) == len(self._names) or module is self._output):
+            self._made[name] = Mixture.of(inputs, self._missing[name](), centred=self._output is None)
+        if len(self._made) == len(self._names) or module is self._output:
             raise _Enough
 
 

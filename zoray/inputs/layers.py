@@ -25,17 +25,15 @@ def watched(model: nn.Module) -> Iterator[tuple[str, nn.Module, Side]]:
         weight = module._parameters.get("weight")
         if weight is None or not weight.requires_grad or users[id(weight)] > 1 or len(shape := shape_of(weight)) != 2:
             continue
-        if not is_linear(module):
+        side: Side
+        if isinstance(module, nn.Linear):
+            side, features = "cols", shape[1]
+        elif is_conv1d(module):
+            side, features = "rows", shape[0]
+        else:
             continue
-        side: Side = "cols" if isinstance(module, nn.Linear) else "rows"
-        features = shape[1 if side == "cols" else 0]
         if features >= TERMS and ".lora_" not in f".{name}":
             yield f"{name}.weight" if name else "weight", module, side
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it multiplies its input with a matrix, and no more."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
